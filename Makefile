@@ -1,0 +1,68 @@
+# lorajob: `make demo` shows the whole job, `make test` runs the tests; `make help` has the rest.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+CACHE  := $(or $(LORAJOB_CACHE),$(HOME)/.cache/lorajob)
+
+# The CPU build of torch for Python 3.11 on x86-64, where a registry or --find-links serves it; the
+# lock has the hashes of the ordinary builds beside it.
+TORCH := 2.13.0
+TORCH_CPU_HASH := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lock tools clean
+
+help:
+	@echo "make demo    the whole job on this machine: about 4 minutes the first time, then seconds"
+	@echo "make test    the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make tools   build llama.cpp now"
+	@echo "make lock    write both locks anew from pyproject.toml"
+	@echo "make clean   remove .venv and runs/ (not the cache in $(CACHE))"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements-cpu.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorajob needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)"; echo "  -> make PYTHON=python3.12 ..."; exit 4; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module"; echo "  -> Debian, Ubuntu: apt-get install python3-venv"; exit 4; }
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+	@echo "installing the locked packages into $(VENV) (about a minute)"
+	@# pip prefers torch's ordinary build, for CUDA, to the CPU's of the same version: ask for that first.
+	@printf 'torch==%s --hash=sha256:%s\n' $(TORCH) $(TORCH_CPU_HASH) > $(VENV)/torch.txt
+	@$(PIP) --require-hashes --no-deps -r $(VENV)/torch.txt >$(VENV)/torch.log 2>&1 || true
+	@$(PIP) --require-hashes --no-deps -r requirements-cpu.lock
+	@$(PY) -c 'import torch' 2>/dev/null || { echo "this registry has torch for CUDA only: fetching the libraries it loads (3 GB)"; $(PIP) torch==$(TORCH); }
+	@touch $@
+
+tools: setup
+	@$(PY) entrypoint.py tools
+
+demo: setup tools
+	@$(PY) entrypoint.py run examples/demo.yaml
+	@test -t 1 || cat runs/demo/report/answers.txt
+
+test: setup tools
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+lock:
+	uv pip compile pyproject.toml --extra cpu --extra dev --universal --python-version 3.11 \
+	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -q -o requirements-cpu.lock \
+	    $(addprefix --no-emit-package ,$(CUDA_ONLY))
+	sed -i '/^torch==$(TORCH)/a\    --hash=sha256:$(TORCH_CPU_HASH) \\' requirements-cpu.lock
+	uv pip compile pyproject.toml --extra cuda --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -q -o requirements.lock
+
+# What torch's CUDA build brings along, and a machine without a GPU does not need.
+CUDA_ONLY := triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti \
+    nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand \
+    nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink \
+    nvidia-nvshmem-cu13 nvidia-nvtx
+
+clean:
+	rm -rf $(VENV) runs

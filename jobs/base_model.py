@@ -1,0 +1,102 @@
+"""The base model's folder: whether it is one, and what identifies it. Without torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import AccessError
+from jobs.store.hashing import file_entries, key_of
+
+# The files that say how text becomes tokens. They go along with everything that is made.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    source: str  # as the spec names it
+    folder: Path
+    config: dict[str, Any]
+
+    def content_key(self) -> str:
+        """Identifies weights, configuration and tokenizer by their bytes."""
+        return key_of([[f["path"], f["sha256"]] for f in file_entries(self.folder)])
+
+    def weight_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+
+def open_base(source: str) -> BaseModel:
+    """The base model that the spec names. Raises AccessError where it is none, saying why."""
+    if "://" in source:
+        raise AccessError(
+            f"model.base: {source} is no place this version can read from",
+            "download the model and name its folder",
+        )
+    folder = Path(source)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise AccessError(
+            f"model.base: the folder {source} {what}",
+            "name a folder with config.json, *.safetensors and tokenizer.json "
+            f"(paths are taken from {Path.cwd()})",
+        )
+    config_path = folder / "config.json"
+    try:
+        config = json.loads(config_path.read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+    except FileNotFoundError:
+        raise AccessError(
+            f"model.base: {source} is no model: it has no config.json",
+            "name the folder that AutoModelForCausalLM.save_pretrained wrote",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise AccessError(
+            f"model.base: {config_path} cannot be read: {error}", "fetch the base model again"
+        ) from None
+    kinds = config.get("architectures") or []
+    if not any(str(kind).endswith("ForCausalLM") for kind in kinds):
+        raise AccessError(
+            f"model.base: {source} is no causal language model, but {', '.join(kinds) or 'nothing known'}",
+            "name one whose config.json lists a ...ForCausalLM architecture",
+        )
+    if "quantization_config" in config:
+        raise AccessError(
+            f"model.base: {source} is quantized already",
+            "name the original 16-bit weights; lorajob quantizes them itself (model.load_in)",
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise AccessError(
+            f"model.base: {source} has no *.safetensors weights",
+            "only safetensors are read: pickled weights (.bin, .pt) can run code",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        missing = sorted(named - {path.name for path in weights})
+        if missing:
+            raise AccessError(
+                f"model.base: {source} lacks {len(missing)} of its weight files, {missing[0]} first",
+                "fetch the base model again",
+            )
+    return BaseModel(source, folder, config)
+
+
+def copy_tokenizer(base: Path, template: str, target: Path) -> None:
+    """Put the base's tokenizer into `target`, with the chat template that was trained with."""
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            (target / name).write_bytes((base / name).read_bytes())
+    config_path = target / "tokenizer_config.json"
+    if config_path.is_file():
+        config = json.loads(config_path.read_text("utf-8"))
+        if config.pop("chat_template", None) is not None:  # chat_template.jinja says it
+            config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (target / "chat_template.jinja").write_text(template, "utf-8")

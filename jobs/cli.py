@@ -1,0 +1,162 @@
+"""The command line: `lorajob run|check|schema|tools`. Imports only what a command needs.
+
+The one place where an error becomes a message and an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs import __version__
+from jobs.errors import LorajobError
+
+EPILOG = """\
+The spec is read from the path given, else from $LORAJOB_SPEC, else from /etc/lorajob/spec.yaml; `-`
+is standard input. Any field can be set from the environment, over what the file says:
+  LORAJOB__TRAIN__LEARNING_RATE=1e-4
+
+exit codes: 0 done   2 the spec is wrong   3 the data is wrong   4 not there, or not allowed
+            5 does not fit   6 the result failed its verification   10 a service failed
+            20 stopped from outside, a checkpoint is safe   1 a bug
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(_with_command(sys.argv[1:] if argv is None else argv))
+    try:
+        code: int = arguments.do(arguments)
+        return code
+    except LorajobError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("\nlorajob: stopped; start it again to go on after the last finished stage", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output is gone. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(error: LorajobError) -> int:
+    print(f"lorajob: {error.title}\n{error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _with_command(argv: list[str]) -> list[str]:
+    """`run` is the default: `lorajob`, `lorajob my.yaml` and `lorajob --work w` mean it."""
+    known = {"run", "check", "schema", "tools", "-h", "--help", "--version"}
+    return argv if argv and argv[0] in known else ["run", *argv]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lorajob",
+        description="Fine-tune a language model as one batch job, and prove that the result works.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lorajob {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    def command(name: str, do: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        sub.set_defaults(do=do)
+        return sub
+
+    run = command("run", _run, "Do the whole job (the default).")
+    check = command("check", _check, "Find out everything that can be known without training.")
+    command("schema", _schema, "Print the spec's JSON schema.")
+    tools = command("tools", _tools, "Build llama.cpp now instead of when it is first needed.")
+    for sub in (run, check):
+        sub.add_argument("spec", nargs="?", help="the spec's path, or - for standard input")
+        sub.add_argument(
+            "--work", type=Path, default=Path(os.environ.get("LORAJOB_WORK", "runs")),
+            help="where runs are kept, each in a folder of its name ($LORAJOB_WORK; default: runs)",
+        )  # fmt: skip
+    for sub in (run, tools):
+        sub.add_argument(
+            "--log", choices=("auto", "json", "terminal"), default="auto",
+            help="what is printed: bars for a terminal, JSON lines for a pipe (default: auto)",
+        )  # fmt: skip
+    check.add_argument(
+        "--format", choices=("text", "json"), default="text", help="for people, or for scripts"
+    )
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from jobs.spec_source import load_spec
+
+    spec = load_spec(arguments.spec)
+    from jobs.observe.events import Observer
+    from jobs.run import run
+
+    with Observer(arguments.log) as observer:
+        try:
+            contents = run(spec, arguments.work, observer)
+        except LorajobError as error:
+            observer.event(
+                "run_failed", code=error.exit_code, error=error.message, what_to_do=error.hint
+            )
+            raise
+    if observer.console:
+        from jobs.observe.answers_table import answers_table
+
+        observer.console.print(answers_table(contents["stages"]["verify"]["result"]))
+        folder = arguments.work / spec.name
+        observer.console.print(f"everything is in [bold]{folder}[/bold]", *_where(contents), sep="\n")
+        for target in spec.publish:
+            observer.console.print(f"published to [bold]{target}[/bold]")
+    return 0
+
+
+def _where(contents: dict[str, Any]) -> list[str]:
+    """One line for each folder of the run: how many files and how large."""
+    folders: dict[str, list[int]] = {}
+    for entry in contents["files"]:
+        folders.setdefault(entry["path"].split("/")[0], []).append(entry["size"])
+    return [
+        f"  {name + '/':<10} {len(sizes):2} files {sum(sizes) / 2**20:9.1f} MiB"
+        for name, sizes in folders.items()
+    ]
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from jobs.spec_source import load_spec
+
+    spec = load_spec(arguments.spec)
+    from jobs.preflight import check
+
+    found = check(spec, arguments.work / spec.name)
+    if arguments.format == "json":
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        from jobs.observe.check_text import print_check
+
+        print_check(found)
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from jobs.spec import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    return 0
+
+
+def _tools(arguments: argparse.Namespace) -> int:
+    from jobs.export.llama.build import ensure_tools
+    from jobs.observe.events import Observer
+
+    with Observer(arguments.log) as observer:
+        folder = ensure_tools(observer)
+        observer.event("tools", folder=str(folder))
+    return 0

@@ -1,0 +1,74 @@
+"""Chat templates: messages -> text, exactly as transformers renders them.
+
+Rendered here with jinja2 itself, because `check` must answer without importing transformers,
+which takes seconds. That both render alike is tested.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jobs.data.formats import BadRow
+from jobs.errors import DataError
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks assistant text for transformers' masks; here it only renders."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    # Not jinja2's own filter, which escapes <, > and & for HTML.
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+class ChatTemplate:
+    """A compiled chat template with the special tokens that it may name."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
+        self.source = source
+        self.name = name
+        self._special_tokens = special_tokens
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        )
+        env.filters["tojson"] = _to_json
+        env.globals["raise_exception"] = _raise
+        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._template = env.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template {name}, line {error.lineno}: {error.message}",
+                "mend it, or set model.chat_template",
+            ) from None
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """The conversation as text; BadRow where the template does not take it."""
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise BadRow(f"the chat template refuses it: {error}") from None

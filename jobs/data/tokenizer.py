@@ -1,0 +1,121 @@
+"""The base model's tokenizer, read without transformers: text <-> ids, special tokens, template.
+
+What counts is the tokenizer that transformers loads from the same files; before training the
+two are compared (`jobs.train.engine`), so a file that only transformers understands is refused
+and never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from jobs.data.template import ChatTemplate
+from jobs.errors import AccessError
+
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    backend: Tokenizer
+    template: ChatTemplate
+    special_tokens: dict[str, str]
+    stop_ids: frozenset[int]  # any of these ends an answer
+    pad_id: int
+
+    def text_of(self, ids: list[int]) -> str:
+        return str(self.backend.decode(ids, skip_special_tokens=False))
+
+    def ids_of(self, text: str) -> list[int]:
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+
+def load_tokenizer(folder: Path, chat_template: str = "auto") -> ChatTokenizer:
+    """The tokenizer in `folder`, with its own chat template or the one in a .jinja file.
+
+    Raises AccessError where a file is missing or says nothing usable.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise AccessError(
+            f"{folder} has no tokenizer.json",
+            "save the fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise AccessError(f"{path} is no tokenizer: {error}", "fetch the base model again") from None
+    config = _json(folder / "tokenizer_config.json")
+    special = _special_tokens(_json(folder / "special_tokens_map.json") | config)
+    source, name = _template_source(folder, config, chat_template)
+    eos = special.get("eos_token")
+    stops = _stop_ids(folder) | ({backend.token_to_id(eos)} if eos else set())
+    stops.discard(None)
+    if not stops:
+        raise AccessError(
+            f"{folder} names no end-of-sequence token, so an answer could never stop",
+            "set eos_token in its tokenizer_config.json",
+        )
+    pad = backend.token_to_id(special["pad_token"]) if "pad_token" in special else None
+    # Padding is masked and never trained, so any id serves; 0 exists in every vocabulary.
+    return ChatTokenizer(
+        backend, ChatTemplate(source, special, name), special, frozenset(stops), pad or 0
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AccessError(f"{path} cannot be read: {error}", "fetch the base model again") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    found = {}
+    for key in SPECIAL:
+        value = config.get(key)
+        if isinstance(value, dict):  # an AddedToken as JSON
+            value = value.get("content")
+        if isinstance(value, str):
+            found[key] = value
+    return found
+
+
+def _template_source(folder: Path, config: dict[str, Any], chosen: str) -> tuple[str, str]:
+    own = folder / "chat_template.jinja"
+    path = own if chosen == "auto" else Path(chosen)
+    if chosen != "auto" or own.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise AccessError(
+                f"the chat template {path} cannot be read: {error}",
+                "set model.chat_template to a readable .jinja file, or to auto",
+            ) from None
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several named ones
+        named = {item.get("name"): item.get("template") for item in source}
+        source = named.get("default")
+    if not isinstance(source, str):
+        raise AccessError(
+            f"{folder} has no chat template",
+            "set model.chat_template to a .jinja file; base models that were never tuned for "
+            "chat come without one",
+        )
+    return source, str(folder / "tokenizer_config.json")
+
+
+def _stop_ids(folder: Path) -> set[int | None]:
+    found: set[int | None] = set()
+    for name in ("generation_config.json", "config.json"):
+        eos = _json(folder / name).get("eos_token_id")
+        found |= set(eos) if isinstance(eos, list) else {eos}
+    return found

@@ -1,0 +1,264 @@
+"""Proving what was made: adapter, merged weights and each GGUF, before anything is published."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_from_disk
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn.functional import kl_div, log_softmax
+
+from jobs.data.formats import Message
+from jobs.data.tokenizer import ChatTokenizer
+from jobs.export.answers import Answer, Question, ask, questions
+from jobs.export.gguf import file_name
+from jobs.export.llama import client
+from jobs.export.merge import weight_files
+from jobs.observe.events import Observer
+from jobs.spec import Spec
+from jobs.train.batches import PadBatch
+from jobs.train.engine import load_model
+from jobs.train.loss import evaluate, trained_logits
+
+LOSS_ROWS = 32  # conversations whose loss is compared
+
+# The same weights on the same device give the same bits on a CPU. GPU kernels may sum in another
+# order, which in bfloat16 (8 bits of mantissa) moves a logit of size 30 by up to 0.125 a rounding.
+RELOADED_LOGITS = {"cpu": 1e-4, "cuda": 0.5}
+
+# Rounding the merged weights to bfloat16 moves each by up to 1 part in 256. A wrong scale, a wrong
+# base or a second merge moves the predictions by orders of magnitude more than this.
+MERGED_KL = 0.01  # nats per token
+
+# Quantizing costs something; a file that has lost more than half of what training gained has not
+# kept what it was made for.
+GGUF_KEEPS = 0.5
+
+
+@dataclass
+class Subject:
+    """One thing under verification: its loss on trained tokens and its answers."""
+
+    loss: float
+    answers: list[Answer]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where everything is; `merged` and `gguf` may not have been asked for."""
+
+    base: Path
+    data: Path
+    adapter: Path
+    probe: Path
+    merged: Path | None
+    gguf: Path | None
+    log: Path
+
+
+def verify(
+    spec: Spec, paths: Paths, tokenizer: ChatTokenizer, conversations: list[list[Message]],
+    tools: Path | None, device: str, threads: int, observer: Observer,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Check everything that will be published.
+
+    Returns losses and answers for the report, and every check that failed.
+    """
+    asked = questions(spec.verify, conversations)
+    batches = _batches(paths.data, tokenizer, spec.train.batch_size)
+    probe = load_file(paths.probe)
+    limit = spec.verify.max_new_tokens
+    failures: list[str] = []
+    subjects: dict[str, Subject] = {}
+    total = 2 + (paths.merged is not None) + len(spec.export.gguf)
+    with observer.ticker("verifying", total) as ticker:
+        base = load_model(paths.base, spec.model.load_in, device)
+        base.eval()
+        subjects["base"] = Subject(
+            evaluate(base, batches, base.device)[0], ask(base, tokenizer, asked, limit)
+        )
+        ticker.advance(note="base")
+
+        tuned = PeftModel.from_pretrained(base, str(paths.adapter))
+        tuned.eval()
+        difference = (_logits(tuned, probe, device) - probe["logits"]).abs().max().item()
+        if not difference <= RELOADED_LOGITS[device]:
+            failures.append(
+                f"adapter: reloaded from its files it gives other logits than at the end of "
+                f"training (off by {difference:.3g}, allowed {RELOADED_LOGITS[device]})"
+            )
+        subjects["adapter"] = Subject(
+            evaluate(tuned, batches, base.device)[0],
+            ask(tuned, tokenizer, asked, limit),
+            {"reloaded_logits_off_by": difference},
+        )
+        ticker.advance(note="adapter")
+        del base, tuned
+
+        if paths.merged:
+            subjects["merged"] = _merged(paths, probe, batches, tokenizer, asked, limit, device)
+            failures += _merged_failures(subjects["merged"])
+            ticker.advance(note="merged")
+        for kind in spec.export.gguf:
+            assert paths.gguf is not None
+            assert tools is not None
+            file = paths.gguf / file_name(spec.name, kind)
+            subject, found = _gguf(file, tools, tokenizer, batches, conversations, asked, limit, threads, paths.log)  # fmt: skip
+            subjects[kind] = subject
+            failures += [f"{file.name}: {text}" for text in found]
+            ticker.advance(note=kind)
+    failures += _answer_failures(subjects, asked)
+    failures += _loss_failures(subjects)
+    result = {
+        "questions": [question.text for question in asked],
+        "subjects": {
+            name: {"loss": round(s.loss, 6), "answers": s.answers, **s.facts}
+            for name, s in subjects.items()
+        },
+    }
+    return result, failures
+
+
+def _batches(
+    data: Path, tokenizer: ChatTokenizer, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    rows: Any = load_from_disk(str(data / "eval" if (data / "eval").exists() else data / "train"))
+    items = [dict(rows[i]) for i in range(min(LOSS_ROWS, len(rows)))]
+    collate = PadBatch(tokenizer.pad_id)
+    return [
+        collate(items[start : start + batch_size])  # type: ignore[arg-type]
+        for start in range(0, len(items), batch_size)
+    ]
+
+
+@torch.no_grad()
+def _logits(model: Any, probe: dict[str, torch.Tensor], device: str) -> torch.Tensor:
+    batch = {name: tensor.to(device) for name, tensor in probe.items() if name != "logits"}
+    return trained_logits(model, batch)[0].cpu()
+
+
+def _merged(
+    paths: Paths, probe: dict[str, torch.Tensor], batches: list[dict[str, torch.Tensor]],
+    tokenizer: ChatTokenizer, asked: list[Question], limit: int, device: str,
+) -> Subject:  # fmt: skip
+    assert paths.merged is not None
+    model = load_model(paths.merged, "16bit", device)
+    model.eval()
+    logits = _logits(model, probe, device)
+    # KL(trained || merged), mean over the probed tokens
+    divergence = kl_div(
+        log_softmax(logits, -1), log_softmax(probe["logits"], -1), log_target=True, reduction="batchmean"
+    ).item()
+    facts = {"changed_tensors": _changed(paths.base, paths.merged), "kl_to_adapter": divergence}
+    return Subject(
+        evaluate(model, batches, model.device)[0], ask(model, tokenizer, asked, limit), facts
+    )
+
+
+def _changed(base: Path, merged: Path) -> int:
+    """How many tensors of the merged model are other numbers than the base's."""
+    changed = 0
+    for before, after in zip(weight_files(base), weight_files(merged), strict=True):
+        with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
+            for name in new.keys():  # noqa: SIM118 - not a dict
+                tensor = new.get_tensor(name)
+                changed += not torch.equal(old.get_tensor(name).to(tensor.dtype), tensor)
+    return changed
+
+
+def _merged_failures(merged: Subject) -> list[str]:
+    failures = []
+    if merged.facts["changed_tensors"] == 0:
+        failures.append("merged: every weight equals the base's: nothing was merged")
+    if not merged.facts["kl_to_adapter"] <= MERGED_KL:
+        failures.append(
+            f"merged: it predicts otherwise than the base with the adapter "
+            f"(KL {merged.facts['kl_to_adapter']:.3g} nats per token, allowed {MERGED_KL})"
+        )
+    return failures
+
+
+def _gguf(
+    file: Path, tools: Path, tokenizer: ChatTokenizer, batches: list[dict[str, torch.Tensor]],
+    conversations: list[list[Message]], asked: list[Question], limit: int, threads: int, log: Path,
+) -> tuple[Subject, list[str]]:  # fmt: skip
+    texts = [tokenizer.template.render(messages) for messages in conversations]
+    prompts = [question.ids(tokenizer) for question in asked]
+    rows = [
+        {"input_ids": ids[:size], "labels": labels[:size]}
+        for batch in batches
+        for ids, labels, size in zip(
+            batch["input_ids"].tolist(),
+            batch["labels"].tolist(),
+            batch["attention_mask"].sum(dim=1).tolist(),
+            strict=True,
+        )
+    ]
+    longest = max([len(row["input_ids"]) for row in rows] + [len(ids) + limit for ids in prompts])
+    seen = client.probe(
+        tools, log, model=str(file), texts=texts, rows=rows, prompts=prompts,
+        max_new_tokens=limit, context=longest + 8, threads=threads,
+    )  # fmt: skip
+    failures = []
+    wrong = [
+        text for text, ids in zip(texts, seen["ids"], strict=True) if ids != tokenizer.ids_of(text)
+    ]
+    if wrong:
+        failures.append(
+            f"llama.cpp splits {len(wrong)} of {len(texts)} conversations into other tokens than "
+            f"the tokenizer, the first: {wrong[0][:80]!r}"
+        )
+    if seen["metadata"].get("tokenizer.chat_template") != tokenizer.template.source:
+        failures.append("its chat template is not the one that was trained with")
+    if int(seen["metadata"].get("tokenizer.ggml.eos_token_id", -1)) not in tokenizer.stop_ids:
+        failures.append("its end-of-sequence token is not the one that was trained")
+    answers: list[Answer] = [
+        {"text": answer["text"], "stopped": answer["stopped"]} for answer in seen["answers"]
+    ]
+    facts = {"size": file.stat().st_size, "tokens_per_second": seen["tokens_per_second"]}
+    loss = seen["loss"] if seen["loss"] is not None else math.nan
+    return Subject(loss, answers, facts), failures
+
+
+def _answer_failures(subjects: dict[str, Subject], asked: list[Question]) -> list[str]:
+    failures = []
+    for name, subject in subjects.items():
+        if name == "base":
+            continue
+        stopped = [answer["stopped"] for answer in subject.answers]
+        if asked and not any(stopped):
+            failures.append(f"{name}: no answer stops by itself")
+        for question, answer in zip(asked, subject.answers, strict=True):
+            if question.required and any(stopped) and not answer["stopped"]:
+                failures.append(f"{name}: its answer to {question.text!r} does not stop by itself")
+            if question.expect and question.expect.lower() not in answer["text"].lower():
+                failures.append(
+                    f"{name}: its answer to {question.text!r} lacks {question.expect!r}: "
+                    f"{answer['text'][:120]!r}"
+                )
+    return failures
+
+
+def _loss_failures(subjects: dict[str, Subject]) -> list[str]:
+    """Each export must keep what training gained on the trained tokens."""
+    failures = []
+    base, tuned = subjects["base"].loss, subjects["adapter"].loss
+    gained = base - tuned
+    for name, subject in subjects.items():
+        if name in ("base", "adapter"):
+            continue
+        if not math.isfinite(subject.loss):
+            failures.append(f"{name}: its loss is {subject.loss}")
+        elif gained > 0 and base - subject.loss < GGUF_KEEPS * gained:
+            failures.append(
+                f"{name}: of the {gained:.3f} that training took off the loss ({base:.3f} to "
+                f"{tuned:.3f}) it keeps {base - subject.loss:.3f}"
+            )
+    return failures

@@ -1,0 +1,189 @@
+"""What a run says while it runs: an event is a name with fields.
+
+A terminal gets bars and short lines; a pipe gets one JSON object a line; and the run's folder
+always gets the JSON lines in logs/run.jsonl. All three show the same events.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import structlog
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LogFormat = Literal["auto", "json", "terminal"]
+
+QUIET_SECONDS = 5.0  # in a pipe, a long step that has no events of its own reports this often
+
+
+class Ticker:
+    """Progress of one step: `advance` as things get done, with what is worth showing beside it."""
+
+    def __init__(self, observer: Observer, name: str, total: int | None) -> None:
+        self._observer, self._name, self._total = observer, name, total
+        self._done = 0
+        self._last = time.monotonic()
+        self._task: TaskID | None = None
+        if observer.bars:
+            self._task = observer.bars.add_task(name, total=total, note="")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done += count
+        if self._observer.bars and self._task is not None:
+            self._observer.bars.update(self._task, advance=count, note=note)
+        elif time.monotonic() - self._last >= QUIET_SECONDS:
+            self._last = time.monotonic()
+            self._observer.event("progress", step=self._name, done=self._done, total=self._total)
+
+    def at(self, done: int, total: int) -> None:
+        """Where the step is, for one that only learns its length as it goes."""
+        self._total = total
+        if self._observer.bars and self._task is not None:
+            self._observer.bars.update(self._task, total=total)
+        self.advance(done - self._done)
+
+    def close(self) -> None:
+        if self._observer.bars and self._task is not None:
+            self._observer.bars.remove_task(self._task)
+
+
+class Observer:
+    """Shows events on `stream` (standard output) and keeps them in a file once it has one."""
+
+    def __init__(self, log_format: LogFormat = "auto", stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        terminal = log_format == "terminal" or (log_format == "auto" and self._stream.isatty())
+        self.console = Console(file=self._stream, highlight=False) if terminal else None
+        self.bars: Progress | None = None
+        self._file: IO[str] | None = None
+        self._json = structlog.wrap_logger(
+            _Lines(self),
+            processors=[
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+            ],
+        )
+
+    def __enter__(self) -> Self:
+        if self.console:
+            self.bars = Progress(
+                TextColumn("  [progress.description]{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.bars.start()
+        self._take_over_logging()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bars:
+            self.bars.stop()
+            self.bars = None
+        logging.captureWarnings(False)
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def keep_in(self, path: Path) -> None:
+        """From now on append every event to this file too."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def event(self, event: str, **fields: Any) -> None:
+        self._json.info(event, **fields)
+        if self.console:
+            line = _TERMINAL.get(event)
+            if line is not None:
+                self.console.print(line.format_map(_Fields(fields)), soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """A JSON line, already rendered: to the file, and to a stream that is no terminal."""
+        if self._file:
+            self._file.write(text + "\n")
+        if not self.console:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    @contextmanager
+    def ticker(self, name: str, total: int | None = None) -> Iterator[Ticker]:
+        ticker = Ticker(self, name, total)
+        try:
+            yield ticker
+        finally:
+            ticker.close()
+
+    def _take_over_logging(self) -> None:
+        """Warnings of libraries become events; their chatter below that is left out."""
+        root = logging.getLogger()
+        root.handlers[:] = [_ToEvents(self)]
+        root.setLevel(logging.WARNING)
+        logging.captureWarnings(True)
+
+
+class _Lines:
+    """The sink that structlog writes rendered lines to."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def info(self, text: str) -> None:
+        self._observer.line(text)
+
+
+class _ToEvents(logging.Handler):
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self._observer = observer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING and not text.startswith(_KNOWN_NOISE):
+            self._observer.event("library_warning", source=record.name, text=text.strip())
+
+
+# Said by libraries at every run, about choices that are ours and tested.
+_KNOWN_NOISE = (
+    "Failed to load CPU gemm_4bit_forward from kernels-community",  # a faster kernel to download
+)
+
+
+class _Fields(dict[str, Any]):
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
+# The events a person wants to see, in rich's markup; the others are for the log alone.
+_TERMINAL = {
+    "run_start": "[bold]lorajob[/bold] {version}: [bold]{name}[/bold] in {folder}",
+    "stage_done": "  [green]done[/green]     {stage:<8} {seconds:6.1f} s  {note}",
+    "stage_skipped": "  [dim]as before {stage:<8}           {note}[/dim]",
+    "library_warning": "  [dim]{source}: {text}[/dim]",
+    "warning": "  [yellow]warning[/yellow]  {text}",
+    "run_done": "[bold green]done[/bold green] in {seconds:.0f} s",
+}

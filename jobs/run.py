@@ -1,0 +1,265 @@
+"""The pipeline: data -> training -> adapter -> merged -> GGUF -> verification -> publication.
+
+Each step is a stage, taken as it is when it was done before with the same inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jobs import __version__
+from jobs.base_model import copy_tokenizer
+from jobs.data.prepare import prepare, save_prepared
+from jobs.errors import VerificationError, bullet_list
+from jobs.observe.answers_table import write_answers
+from jobs.observe.events import Observer
+from jobs.preflight import Ready, preflight
+from jobs.spec import Source, Spec
+from jobs.stages import Done, Stages, write_whole
+from jobs.store import manifest
+from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
+from jobs.store.publish import publish
+from jobs.train.runtime import settle_threads
+
+WORK = ".work"  # what the run needs of its own, below its folder; never published
+
+
+def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
+    """Do the whole job in `work/NAME`; returns the manifest. Raises a LorajobError."""
+    start = time.monotonic()
+    folder = work / spec.name
+    ready = preflight(spec, folder)
+    observer.keep_in(folder / "logs" / "run.jsonl")
+    observer.event("run_start", version=__version__, name=spec.name, folder=str(folder))
+    threads = settle_threads()
+    stages = Stages(folder, observer)
+
+    data = _data(spec, ready, stages)
+    trained = _train(spec, ready, stages, data, threads)
+    done = {"data": data, "train": trained, "adapter": _adapter(ready, stages, trained)}
+    if spec.export.merged:
+        done["merge"] = _merge(spec, ready, stages, done["adapter"], trained)
+    if spec.export.gguf:
+        done["gguf"] = _gguf(spec, stages, done["merge"], threads, observer)
+    done["verify"] = _verify(spec, ready, stages, done, threads, observer)
+
+    contents = _manifest(spec, folder, done, threads)
+    write_whole(folder / manifest.NAME, contents)
+    for store in ready.targets:
+        with observer.ticker(f"publishing to {store.url}", len(contents["files"])) as ticker:
+            sent = publish(folder, contents["files"], store, ticker.advance)
+        observer.event("published", target=store.url, **sent)
+    observer.event(
+        "run_done",
+        seconds=round(time.monotonic() - start, 1),
+        manifest=str(folder / manifest.NAME),
+        published=[store.url for store in ready.targets],
+    )
+    return contents
+
+
+def _data(spec: Spec, ready: Ready, stages: Stages) -> Done:
+    def work(out: Path) -> dict[str, Any]:
+        with stages.observer.ticker("reading data") as ticker:
+            prepared = prepare(
+                spec.data, ready.tokenizer, spec.model.max_seq_length, spec.train.seed, ticker.advance
+            )
+        save_prepared(prepared, out)
+        if prepared.counts.too_long:
+            stages.observer.event(
+                "warning",
+                text=f"{prepared.counts.too_long} of {prepared.counts.rows} conversations are longer "
+                f"than {spec.model.max_seq_length} tokens and are left out",
+            )
+        return prepared.summary()
+
+    sources = [*spec.data.train, *(spec.data.eval if isinstance(spec.data.eval, list) else [])]
+    inputs = {
+        "data": spec.data.model_dump(mode="json"),
+        "files": [_file_key(source) for source in sources],
+        "tokenizer": sha256_of(ready.base.folder / "tokenizer.json"),
+        "template": ready.tokenizer.template.source,
+        "special_tokens": ready.tokenizer.special_tokens,
+        "stop_ids": sorted(ready.tokenizer.stop_ids),
+        "max_seq_length": spec.model.max_seq_length,
+        "seed": spec.train.seed,
+        "code": _code_key("data"),
+    }
+    return stages.run(
+        "data", inputs, work, f"{WORK}/data",
+        note=lambda r: f"{r['train_rows']} conversations to train on, {r['eval_rows']} held out, "
+        f"{r['trained_tokens']} of {r['train_tokens']} tokens trained",
+    )  # fmt: skip
+
+
+def _file_key(source: Source) -> str:
+    path = Path(source.source)
+    return sha256_of(path) if path.is_file() else "missing"  # reading it says so
+
+
+def _code_key(package: str) -> str:
+    """Changes with the code of a package, so that what an older version made is made again."""
+    folder = Path(__file__).parent / package
+    return key_of([[f["path"], f["sha256"]] for f in file_entries(folder) if f["path"].endswith(".py")])
+
+
+def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -> Done:
+    def work(out: Path) -> dict[str, Any]:
+        from jobs.train.loop import train
+        from jobs.train.runtime import quiet_libraries
+
+        quiet_libraries()
+        return train(
+            spec, ready.base.folder, ready.tokenizer, stages.folder / WORK / "data", out, stages.observer
+        )
+
+    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    inputs = {
+        "base": ready.base.content_key(),
+        "data": data.content_key,
+        "load_in": spec.model.load_in,
+        "lora": spec.lora.model_dump(mode="json"),
+        "train": spec.train.model_dump(mode="json"),
+        "versions": {name: metadata.version(name) for name in packages},
+        "code": _code_key("train"),
+        "threads": threads,
+    }
+    return stages.run("train", inputs, work, f"{WORK}/train", note=_train_note)
+
+
+def _train_note(result: dict[str, Any]) -> str:
+    note = f"{result['steps']} steps, loss {result['train_loss']:.3f}"
+    if result["eval_loss"] is not None:
+        note += f", eval loss {result['eval_loss_before']:.3f} -> {result['eval_loss']:.3f}"
+    return note
+
+
+def _adapter(ready: Ready, stages: Stages, trained: Done) -> Done:
+    def work(out: Path) -> dict[str, Any]:
+        source = stages.folder / WORK / "train" / "adapter"
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(source / name, out / name)
+        copy_tokenizer(ready.base.folder, ready.tokenizer.template.source, out)
+        return {"size": (out / "adapter_model.safetensors").stat().st_size}
+
+    inputs = {"trained": trained.content_key, "template": ready.tokenizer.template.source}
+    return stages.run(
+        "adapter", inputs, work, "adapter", note=lambda r: f"{r['size'] / 2**20:.1f} MiB"
+    )
+
+
+def _merge(spec: Spec, ready: Ready, stages: Stages, adapter: Done, trained: Done) -> Done:
+    def work(out: Path) -> dict[str, Any]:
+        from jobs.export.merge import merge
+
+        result = merge(
+            ready.base.folder, stages.folder / "adapter", trained.result["quantized_modules"], out,
+            stages.observer,
+        )  # fmt: skip
+        copy_tokenizer(ready.base.folder, ready.tokenizer.template.source, out)
+        return result
+
+    inputs = {
+        "adapter": adapter.content_key,
+        "base": ready.base.content_key(),
+        "quantized": trained.result["quantized_modules"],
+        "code": _code_key("export"),
+    }
+    return stages.run(
+        "merge", inputs, work, "merged",
+        note=lambda r: f"{r['updated_tensors']} tensors updated, {r['dtype']}",
+    )  # fmt: skip
+
+
+def _gguf(spec: Spec, stages: Stages, merged: Done, threads: int, observer: Observer) -> Done:
+    from jobs.export.llama.build import ensure_tools, tools_key
+
+    def work(out: Path) -> dict[str, Any]:
+        from jobs.export.gguf import make_gguf
+
+        return make_gguf(
+            spec.name, stages.folder / "merged", list(spec.export.gguf), out,
+            stages.folder / "logs" / "llama.log", ensure_tools(observer), threads, observer,
+        )  # fmt: skip
+
+    inputs = {
+        "merged": merged.content_key, "name": spec.name, "types": list(spec.export.gguf),
+        "tools": tools_key(),
+    }  # fmt: skip
+    return stages.run(
+        "gguf", inputs, work, "gguf",
+        note=lambda r: ", ".join(f"{k} {size / 2**20:.1f} MiB" for k, size in r["sizes"].items()),
+    )  # fmt: skip
+
+
+def _verify(
+    spec: Spec, ready: Ready, stages: Stages, done: dict[str, Done], threads: int, observer: Observer
+) -> Done:
+    folder = stages.folder
+
+    def work(out: Path) -> dict[str, Any]:
+        from jobs.export.llama.build import ensure_tools
+        from jobs.export.verify import Paths, verify
+        from jobs.train.runtime import device_name, quiet_libraries
+
+        quiet_libraries()
+        first = json.loads((folder / WORK / "data" / "first.json").read_text("utf-8"))
+        paths = Paths(
+            base=ready.base.folder,
+            data=folder / WORK / "data",
+            adapter=folder / "adapter",
+            probe=folder / WORK / "train" / "probe.safetensors",
+            merged=folder / "merged" if spec.export.merged else None,
+            gguf=folder / "gguf" if spec.export.gguf else None,
+            log=folder / "logs" / "llama.log",
+        )
+        tools = ensure_tools(observer) if spec.export.gguf else None
+        conversations = first["eval"] or first["train"]
+        result, failures = verify(
+            spec, paths, ready.tokenizer, conversations, tools, device_name(), threads, observer
+        )
+        write_answers(folder / "report", result)  # also of a run that failed, to see why
+        if failures:
+            raise VerificationError(
+                f"{len(failures)} checks failed, so nothing is published:\n{bullet_list(failures)}",
+                f"read {folder / 'report' / 'answers.txt'}; if training was too short or too hot, "
+                "change train.epochs or train.learning_rate",
+            )
+        return result
+
+    inputs = {
+        "made": {name: stage.content_key for name, stage in done.items()},
+        "verify": spec.verify.model_dump(mode="json"),
+        "code": _code_key("export"),
+    }
+    return stages.run("verify", inputs, work, note=_verify_note)
+
+
+def _verify_note(result: dict[str, Any]) -> str:
+    return "loss " + ", ".join(f"{k} {s['loss']:.3f}" for k, s in result["subjects"].items())
+
+
+def _manifest(spec: Spec, folder: Path, done: dict[str, Done], threads: int) -> dict[str, Any]:
+    files: list[FileEntry] = [
+        entry
+        for stage in done.values()
+        for entry in stage.files
+        if not entry["path"].startswith(WORK)
+    ]
+    files += file_entries(folder / "report", within=folder)
+    return manifest.build(
+        spec=spec.model_dump(mode="json"),
+        inputs={"threads": threads, "keys": {name: stage.key for name, stage in done.items()}},
+        data=done["data"].result,
+        stages={
+            name: {"seconds": stage.seconds, "result": stage.result}
+            for name, stage in done.items()
+            if name != "data"
+        },
+        files=sorted(files, key=lambda entry: entry["path"]),
+    )

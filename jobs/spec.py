@@ -1,0 +1,173 @@
+"""The run spec: the only configuration there is.
+
+Each field says what it means where it stands; the published JSON schema and the reference
+documentation are generated from these models. Reading a spec from a file, standard input and the
+environment is `jobs.spec_source`.
+
+Nothing here touches the network, the disk or torch: a wrong spec is answered at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+# File names, Kubernetes names and label values all accept this.
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]{0,51}[a-z0-9])?$"
+
+# llama.cpp's names for the file types that libllama can write (its enum llama_ftype), lower case.
+GgufType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1",
+    "q4_k_m", "q4_k_s", "q4_0", "q4_1", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Model(Section):
+    base: Annotated[str, Field(min_length=1)]
+    """The model to fine-tune: a folder with config.json, safetensors weights and a tokenizer."""
+    load_in: Literal["4bit", "16bit"] = "4bit"
+    """How the frozen base is held while training: NF4 with double quantization, or 16 bit."""
+    max_seq_length: Annotated[int, Field(ge=16)] = 2048
+    """Longest conversation in tokens; a longer one is dropped, counted and shown."""
+    chat_template: str = "auto"
+    """`auto` for the tokenizer's own chat template, or the path of a .jinja file."""
+
+
+class Source(Section):
+    source: Annotated[str, Field(min_length=1)]
+    """A .jsonl or .json file."""
+    format: Literal["auto", "messages", "sharegpt"] = "auto"
+    """The records' format; `auto` looks at the first record."""
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _as_source(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+# A bare path stands for a source, and one source for a list of one, so that
+# LORAJOB__DATA__TRAIN=chats.jsonl is all a `docker run` needs.
+Sources = Annotated[
+    list[Annotated[Source, BeforeValidator(_as_source)]],
+    BeforeValidator(_as_list),
+    Field(min_length=1),
+]
+
+
+class Data(Section):
+    train: Sources
+    """Where the conversations come from; several sources are read one after another."""
+    eval: Annotated[float, Field(ge=0, lt=1)] | Sources = 0.0
+    """The share of the conversations held out for evaluation, or sources of their own."""
+    loss_on: Literal["responses", "last_response", "all"] = "responses"
+    """What is trained: every assistant turn with its end-of-turn token, only the last, or all."""
+
+
+class Lora(Section):
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the two low-rank matrices."""
+    alpha: Annotated[float, Field(gt=0)] = 16
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the input of each LoRA layer while training."""
+    target: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which layers get LoRA: every linear layer but the output head, or names of modules."""
+
+
+class Train(Section):
+    objective: Literal["sft"] = "sft"
+    """Supervised fine-tuning."""
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the training data; `max_steps` wins over it."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimizer steps."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Conversations in one optimizer step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """The highest learning rate, reached after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.03
+    """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decoupled weight decay, on the LoRA matrices."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW with 32-bit states, or bitsandbytes' with 8-bit states."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Evaluate every so many steps; without it, once per epoch."""
+    seed: int = 3407
+    """Seed of everything random: LoRA's start, dropout, the order of the data, the split."""
+    engine: Literal["auto", "transformers"] = "auto"
+    """What runs the model: `auto` takes the best one for this machine."""
+
+
+class Export(Section):
+    adapter: Literal[True] = True
+    """The LoRA adapter in peft's format; it is what training makes, so it is always there."""
+    merged: Literal["16bit"] | None = "16bit"
+    """The base with the adapter merged in, as 16-bit safetensors; null for none."""
+    gguf: list[GgufType] = []
+    """GGUF files to make, by llama.cpp's names: q8_0, q4_k_m, ..."""
+
+    @model_validator(mode="after")
+    def _gguf_needs_merged(self) -> Self:
+        if self.gguf and self.merged is None:
+            raise ValueError("gguf is made from the merged weights: set merged to 16bit")
+        if len(set(self.gguf)) != len(self.gguf):
+            raise ValueError("gguf names a type twice")
+        return self
+
+
+class Prompt(Section):
+    ask: Annotated[str, Field(min_length=1)]
+    """The user's turn."""
+    system: str | None = None
+    """A system prompt before it."""
+    expect: str | None = None
+    """Text that the tuned model's answer must contain, whatever the case of its letters."""
+
+
+class Verify(Section):
+    prompts: list[Prompt] = []
+    """Questions put to the base, the tuned model and each GGUF; without any, the first
+    conversations of the evaluation (or training) data are asked."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """An answer that has not stopped by itself after so many tokens fails."""
+
+
+def _publish_target(value: Any) -> Any:
+    # `- hub: acme/support-bot` reads better in YAML than a URL with its own scheme.
+    if isinstance(value, dict) and set(value) == {"hub"}:
+        return f"hub://{value['hub']}"
+    return value
+
+
+class Spec(Section):
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    """The run's name: lower-case letters, digits, dots and dashes, at most 53."""
+    model: Model
+    data: Data
+    lora: Lora = Lora()
+    train: Train = Train()
+    export: Export = Export()
+    verify: Verify = Verify()
+    publish: list[Annotated[str, BeforeValidator(_publish_target), Field(min_length=1)]] = []
+    """Where the results go, each a folder. The run's own folder always has them."""
+
+
+def json_schema() -> dict[str, Any]:
+    """The spec's JSON schema (draft 2020-12), as published by `lorajob schema`."""
+    schema = Spec.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "lorajob run spec"
+    return schema

@@ -1,0 +1,121 @@
+"""Stages: named steps whose output is kept, and taken again when their inputs are the same.
+
+A stage's record says: these inputs gave these files and this result. It is written after the
+files are complete, so what is half-written is never taken for whole: a stage without a record, or
+whose files are not as the record says, is done again from its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import LorajobError
+from jobs.observe.events import Observer
+from jobs.store.hashing import FileEntry, file_entries, key_of
+from jobs.store.local import disk_error
+
+RECORDS = ".stages"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished stage: what it made, what it found out, how long it took."""
+
+    key: str
+    files: list[FileEntry]  # paths relative to the run's folder
+    result: dict[str, Any]
+    seconds: float
+    skipped: bool
+
+    @property
+    def content_key(self) -> str:
+        """Identifies the output itself, for the stages that build on it."""
+        return key_of([[entry["path"], entry["sha256"]] for entry in self.files])
+
+
+@dataclass(frozen=True)
+class Stages:
+    folder: Path
+    observer: Observer
+
+    def run(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        work: Callable[[Path], dict[str, Any]],
+        output: str | None = None,
+        note: Callable[[dict[str, Any]], str] = lambda result: "",
+    ) -> Done:
+        """Do a stage, or take what it left when it was done before with the same inputs.
+
+        `work` gets an empty folder to write to, which becomes `output` below the run's folder
+        when it is complete, and returns what the record keeps (as JSON).
+        """
+        key = key_of({"stage": name, **inputs})
+        record = self.folder / RECORDS / f"{name}.json"
+        before = self._before(record, key)
+        if before:
+            self.observer.event("stage_skipped", stage=name, note=note(before.result))
+            return before
+        self.observer.event("stage_start", stage=name)
+        start = time.monotonic()
+        building = self.folder / f".building-{name}"
+        try:
+            record.unlink(missing_ok=True)
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            result = json.loads(json.dumps(work(building)))  # the record's form, also this time
+            files: list[FileEntry] = []
+            if output:
+                final = self.folder / output
+                shutil.rmtree(final, ignore_errors=True)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                building.replace(final)
+                files = file_entries(final, within=self.folder)
+            seconds = round(time.monotonic() - start, 2)
+            done = Done(key, files, result, seconds, skipped=False)
+            write_whole(record, {"key": key, "files": files, "result": result, "seconds": seconds})
+        except LorajobError as error:
+            self.observer.event("stage_failed", stage=name, error=error.message)
+            raise
+        except OSError as error:
+            if error.errno is None or error.filename is None:
+                raise
+            raise disk_error(error, Path(str(error.filename))) from None
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        self.observer.event("stage_done", stage=name, seconds=seconds, note=note(result))
+        return done
+
+    def _before(self, record: Path, key: str) -> Done | None:
+        try:
+            kept = json.loads(record.read_text("utf-8"))
+            done = Done(kept["key"], kept["files"], kept["result"], kept["seconds"], skipped=True)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if done.key != key:
+            return None
+        for entry in done.files:
+            path = self.folder / entry["path"]
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                return None
+        return done
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

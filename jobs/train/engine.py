@@ -1,0 +1,145 @@
+"""The `transformers` engine: the base model in 4 or 16 bit, with LoRA on it.
+
+The reference for every other engine, and the only one without a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from jobs.data.tokenizer import ChatTokenizer
+from jobs.errors import AccessError
+from jobs.spec import Lora
+from jobs.train.runtime import compute_dtype
+
+LoadIn = Literal["4bit", "16bit"]
+
+
+def load_model(folder: Path, load_in: LoadIn, device: str) -> PreTrainedModel:
+    """The model in `folder`, ready to compute on `device`.
+
+    `4bit` is NF4 with double quantization (Dettmers et al. 2023, QLoRA, section 3).
+    Raises AccessError where transformers cannot load it.
+    """
+    dtype = compute_dtype(device)
+    quantization = None
+    if load_in == "4bit":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AccessError(
+            f"{folder} could not be loaded as a model: {_first_line(error)}",
+            "fetch the base model again; it must be a causal language model with safetensors weights",
+        ) from None
+    _keep_weights_in_place(model)
+    return model
+
+
+def _keep_weights_in_place(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    bitsandbytes 0.50.2 repacks them in place at the first forward in eval mode, and training after
+    it is silently wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def quantized_modules(model: torch.nn.Module) -> list[str]:
+    """Names of the modules whose weights are held in 4 bit, as in the checkpoint."""
+    from bitsandbytes.nn import Linear4bit
+
+    return sorted(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, base: str) -> PeftModel:
+    """Freeze the model and put trainable LoRA matrices on its linear layers."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        # Only what this needs of peft's prepare_model_for_kbit_training, which would also cast
+        # every frozen 16-bit weight to float32.
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.target,
+        base_model_name_or_path=base,
+    )
+    try:
+        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        from jobs.errors import SpecError
+
+        raise SpecError(
+            f"lora.target: {_first_line(error)}", "name modules of the base model, or all-linear"
+        ) from None
+    assert isinstance(peft_model, PeftModel)
+    peft_model.peft_config["default"].base_model_name_or_path = base
+    return peft_model
+
+
+def train_in_float32(model: torch.nn.Module) -> None:
+    """Hold the trainable weights in float32.
+
+    TRL casts them to bfloat16 on a quantized base, where small updates are lost, and a resumed run
+    would reload them as float32 and differ. To be called after the trainer is built.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def load_hf_tokenizer(folder: Path, tokenizer: ChatTokenizer) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer, with the template of the run, proven to encode as ours does.
+
+    It is the one that ships and that everybody will use, so what it makes of a text must be what
+    the model was trained on. Raises AccessError where the two differ.
+    """
+    hf: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    hf.chat_template = tokenizer.template.source
+    messages = [
+        {"role": "user", "content": " Hello,  world 1234!\n\tÄ 你好 🚀 "},
+        {"role": "assistant", "content": "It's a test: <b>naïve</b> café."},
+    ]
+    text = tokenizer.template.render(messages)
+    theirs = hf.apply_chat_template(messages, tokenize=False)
+    ids = hf(text, add_special_tokens=False)["input_ids"]
+    if theirs != text or ids != tokenizer.ids_of(text):
+        raise AccessError(
+            f"transformers reads the tokenizer in {folder} otherwise than its tokenizer.json says, so "
+            "what is trained would not be what is used",
+            "save the tokenizer again with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
+    return hf  # type: ignore[no-any-return]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

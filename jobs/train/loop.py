@@ -1,0 +1,236 @@
+"""The training loop: TRL's trainer on our batches and labels."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_from_disk
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from jobs.data.labels import IGNORE
+from jobs.data.tokenizer import ChatTokenizer
+from jobs.errors import DoesNotFitError, LorajobError
+from jobs.observe.events import Observer
+from jobs.spec import Spec, Train
+from jobs.train.batches import PadBatch
+from jobs.train.engine import (
+    add_lora,
+    load_hf_tokenizer,
+    load_model,
+    quantized_modules,
+    train_in_float32,
+)
+from jobs.train.loss import evaluate, trained_logits
+from jobs.train.runtime import device_name
+
+PROBES = 4  # conversations whose logits are kept, for verification to compare against
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, with an evaluation in which each trained token counts the same.
+
+    transformers averages the batches' means, in which a token of a short batch counts more.
+    """
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        loss, tokens = evaluate(self.model, self.get_eval_dataloader(), self.args.device)
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": float(tokens)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+class _Report(TrainerCallback):
+    """Trainer's log entries as events, and as the history that the manifest keeps."""
+
+    def __init__(self, observer: Observer, tokens_per_epoch: int) -> None:
+        self.history: list[dict[str, float]] = []
+        self._observer = observer
+        self._tokens_per_epoch = tokens_per_epoch
+        self._ticker: Any = None
+        self._context: Any = None
+        self._eval_note = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = time.monotonic()
+        self._context = self._observer.ticker("training", state.max_steps)
+        self._ticker = self._context.__enter__()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            entry = {"step": state.global_step, "eval_loss": round(logs["eval_loss"], 6)}
+            self._eval_note = f" eval {entry['eval_loss']:.3f}"
+            self._observer.event("eval", **entry)
+        elif "loss" in logs:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise LorajobError(
+                    f"the loss is {loss} at step {state.global_step}: training has diverged",
+                    "lower train.learning_rate, or look at the data of the last steps",
+                )
+            seconds = time.monotonic() - self._start
+            done = (state.epoch or 0.0) * self._tokens_per_epoch
+            entry = {
+                "step": state.global_step,
+                "epoch": round(state.epoch or 0.0, 3),
+                "loss": round(loss, 6),
+                "learning_rate": logs.get("learning_rate", 0.0),
+                "grad_norm": round(float(logs.get("grad_norm", 0.0)), 4),
+                "tokens_per_second": round(done / seconds, 1),
+            }
+            self._observer.event("train_step", of=state.max_steps, **entry)
+            self._ticker.advance(
+                1, f"loss {loss:.3f}{self._eval_note}  {entry['tokens_per_second']:.0f} tok/s"
+            )
+        else:
+            return
+        self.history.append(entry)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._context.__exit__(None, None, None)
+
+
+def train(
+    spec: Spec, base: Path, tokenizer: ChatTokenizer, data: Path, out: Path, observer: Observer
+) -> dict[str, Any]:
+    """Train and write `out/adapter` and `out/probe.safetensors`; returns metrics as JSON.
+
+    `data` is what `save_prepared` wrote. Raises DoesNotFitError when memory runs out.
+    """
+    device = device_name()
+    set_seed(spec.train.seed)
+    train_rows = _load(data / "train")
+    eval_rows = _load(data / "eval") if (data / "eval").exists() else None
+    hf_tokenizer = load_hf_tokenizer(base, tokenizer)
+    base_model = load_model(base, spec.model.load_in, device)
+    in_4bit = quantized_modules(base_model)
+    model = add_lora(base_model, spec.lora, spec.model.base)
+    tokens = sum(len(ids) for ids in train_rows["input_ids"])
+    report = _Report(observer, tokens)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(spec.train, out, len(train_rows), eval_rows is not None, device),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=hf_tokenizer,
+        data_collator=PadBatch(tokenizer.pad_id),
+        callbacks=[report],
+    )
+    for callback in ("ProgressCallback", "PrinterCallback"):
+        trainer.callback_handler.callbacks = [
+            each
+            for each in trainer.callback_handler.callbacks
+            if type(each).__name__ != callback
+        ]
+    train_in_float32(model)
+    before = evaluate(model, trainer.get_eval_dataloader(), trainer.args.device)[0] if eval_rows else None
+    try:
+        result = trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]}",
+            "lower train.batch_size or model.max_seq_length, or load the base in 4bit",
+        ) from None
+    model.eval()
+    model.save_pretrained(out / "adapter")
+    probe_rows = eval_rows if eval_rows else train_rows
+    _keep_probe(model, probe_rows, PadBatch(tokenizer.pad_id), out / "probe.safetensors", device)
+    evals = [entry["eval_loss"] for entry in report.history if "eval_loss" in entry]
+    speeds = [e["tokens_per_second"] for e in report.history if "tokens_per_second" in e]
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": round(float(result.training_loss), 6),
+        "eval_loss_before": None if before is None else round(before, 6),
+        "eval_loss": evals[-1] if evals else None,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "tokens_per_second": speeds[-1] if speeds else None,
+        "device": device,
+        "quantized_modules": in_4bit,
+        "history": report.history,
+    }
+
+
+def _load(folder: Path) -> Dataset:
+    dataset = load_from_disk(str(folder))
+    assert isinstance(dataset, Dataset)
+    return dataset
+
+
+def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str) -> SFTConfig:
+    steps = train.max_steps or max(1, math.ceil(rows / train.batch_size * train.epochs))
+    warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    return SFTConfig(
+        output_dir=str(out / "trainer"),
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=1,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=int(warmup),
+        weight_decay=train.weight_decay,
+        optim={"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}[train.optimizer],
+        max_grad_norm=train.max_grad_norm,
+        eval_strategy=("steps" if train.eval_every else "epoch") if evaluates else "no",
+        eval_steps=train.eval_every,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=train.seed,
+        data_seed=train.seed,
+        bf16=bf16,
+        fp16=device == "cuda" and not bf16,
+        use_cpu=device == "cpu",
+        gradient_checkpointing=device == "cuda",
+        dataloader_pin_memory=device == "cuda",
+        disable_tqdm=True,
+        # The data is ready: TRL must neither prepare, cut, pack nor mask anything.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        remove_unused_columns=False,
+    )
+
+
+@torch.no_grad()
+def _keep_probe(
+    model: PeftModel, rows: Dataset, collate: PadBatch, path: Path, device: str
+) -> None:
+    """Keep some conversations with the logits that training ended with."""
+    items = [dict(rows[index]) for index in range(min(PROBES, len(rows)))]
+    batch = collate(items)  # type: ignore[arg-type]
+    on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+    logits, targets = trained_logits(model, on_device)
+    assert IGNORE not in targets
+    save_file({**batch, "logits": logits.cpu().contiguous()}, path)
+
+

@@ -1,0 +1,45 @@
+"""The loss as evaluation and verification measure it: exact sums over trained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from jobs.data.labels import IGNORE
+
+
+def trained_logits(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits that predict each trained token, and those tokens: (tokens, vocab) and (tokens,).
+
+    The logits are float32. The token at position t is predicted at t - 1.
+    """
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    targets = batch["labels"][:, 1:]
+    trained = targets != IGNORE
+    return logits[:, :-1][trained].float(), targets[trained]
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+) -> tuple[float, int]:
+    """Mean loss in nats per trained token over all batches, and the number of those tokens.
+
+    Each token counts the same, whatever the batch it is in. The model's mode is kept.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+        logits, targets = trained_logits(model, on_device)
+        total += cross_entropy(logits, targets, reduction="sum").item()
+        count += targets.numel()
+    model.train(was_training)
+    return (total / count if count else float("nan")), count

@@ -1,0 +1,43 @@
+"""What has to be settled before torch is imported, and once it is: threads, seeds, device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def settle_threads() -> int:
+    """Set the number of threads and how they wait; to be called before torch is imported.
+
+    One thread a core that this process may use, unless OMP_NUM_THREADS says otherwise. Waiting
+    threads sleep: OpenMP's spinning makes small steps many times slower where cores are shared.
+    A run gives the same bits only with the same number, so it is kept in the manifest.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores or 1))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return int(os.environ["OMP_NUM_THREADS"])
+
+
+def quiet_libraries() -> None:
+    """No bars and no advice from libraries: what a run says, lorajob says."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def device_name() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype(device: str) -> Any:
+    """float32 on a CPU, where it is exact and fast enough; on a GPU bfloat16 where it has it."""
+    import torch
+
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
