@@ -6,9 +6,9 @@ Only the version check lives here, in words that any Python understands.
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036 - this is what it is for
     sys.stderr.write(
-        "lorajob needs Python 3.11 or newer; this is %d.%d (%s).\n"
+        "lorajob needs Python 3.11 or newer; this is %d.%d (%s).\n"  # noqa: UP031 - old Pythons
         "  -> run it with a newer interpreter, or set PYTHON=python3.12 for make\n"
         % (sys.version_info[0], sys.version_info[1], sys.executable)
     )

@@ -34,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     except LorajobError as error:
         return _fail(error)
     except KeyboardInterrupt:
-        print("\nlorajob: stopped; start it again to go on after the last finished stage", file=sys.stderr)
+        print(
+            "\nlorajob: stopped; start it again to go on after the last finished stage",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         # Whoever read our output is gone. Python would complain again when it flushes at exit.
@@ -112,7 +115,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
         observer.console.print(answers_table(contents["stages"]["verify"]["result"]))
         folder = arguments.work / spec.name
-        observer.console.print(f"everything is in [bold]{folder}[/bold]", *_where(contents), sep="\n")
+        observer.console.print(
+            f"everything is in [bold]{folder}[/bold]", *_where(contents), sep="\n"
+        )
         for target in spec.publish:
             observer.console.print(f"published to [bold]{target}[/bold]")
     return 0

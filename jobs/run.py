@@ -67,7 +67,11 @@ def _data(spec: Spec, ready: Ready, stages: Stages) -> Done:
     def work(out: Path) -> dict[str, Any]:
         with stages.observer.ticker("reading data") as ticker:
             prepared = prepare(
-                spec.data, ready.tokenizer, spec.model.max_seq_length, spec.train.seed, ticker.advance
+                spec.data,
+                ready.tokenizer,
+                spec.model.max_seq_length,
+                spec.train.seed,
+                ticker.advance,
             )
         save_prepared(prepared, out)
         if prepared.counts.too_long:
@@ -105,7 +109,9 @@ def _file_key(source: Source) -> str:
 def _code_key(package: str) -> str:
     """Changes with the code of a package, so that what an older version made is made again."""
     folder = Path(__file__).parent / package
-    return key_of([[f["path"], f["sha256"]] for f in file_entries(folder) if f["path"].endswith(".py")])
+    return key_of(
+        [[f["path"], f["sha256"]] for f in file_entries(folder) if f["path"].endswith(".py")]
+    )
 
 
 def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -> Done:
@@ -115,7 +121,12 @@ def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -
 
         quiet_libraries()
         return train(
-            spec, ready.base.folder, ready.tokenizer, stages.folder / WORK / "data", out, stages.observer
+            spec,
+            ready.base.folder,
+            ready.tokenizer,
+            stages.folder / WORK / "data",
+            out,
+            stages.observer,
         )
 
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
@@ -198,7 +209,12 @@ def _gguf(spec: Spec, stages: Stages, merged: Done, threads: int, observer: Obse
 
 
 def _verify(
-    spec: Spec, ready: Ready, stages: Stages, done: dict[str, Done], threads: int, observer: Observer
+    spec: Spec,
+    ready: Ready,
+    stages: Stages,
+    done: dict[str, Done],
+    threads: int,
+    observer: Observer,
 ) -> Done:
     folder = stages.folder
 

@@ -64,7 +64,9 @@ def _read(path: str) -> str:
             "examples/ has some to start from",
         ) from None
     except UnicodeDecodeError as error:
-        raise SpecError(f"{path} is no UTF-8 text (byte {error.start})", "save it as UTF-8") from None
+        raise SpecError(
+            f"{path} is no UTF-8 text (byte {error.start})", "save it as UTF-8"
+        ) from None
     except OSError as error:
         raise AccessError(
             f"the spec {path} cannot be read: {error.strerror}", "name a readable file"
@@ -97,7 +99,7 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[Location, int]]:
     """The YAML text as a tree, and the line on which each of its fields stands."""
     try:
         root = yaml.compose(text, _UniqueKeys)
-        tree = yaml.load(text, _UniqueKeys)
+        tree = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -137,17 +139,14 @@ def _lay_over(tree: dict[str, Any], overrides: Mapping[str, str]) -> dict[Locati
     for variable, text in sorted(overrides.items()):
         parts = variable.removeprefix(PREFIX).lower().split("__")
         try:
-            value = yaml.load(text, _UniqueKeys)
+            value = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError:
             value = text  # a plain text with a colon or a brace in it; the field's type decides
         at: Any = tree
         keys: list[str | int] = [int(part) if part.isdigit() else part for part in parts]
         try:
             for key in keys[:-1]:
-                if isinstance(at, dict):
-                    at = at.setdefault(key, {})
-                else:
-                    at = at[key]
+                at = at.setdefault(key, {}) if isinstance(at, dict) else at[key]
                 if not isinstance(at, dict | list):
                     raise TypeError
             at[keys[-1]] = value

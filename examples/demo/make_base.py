@@ -15,13 +15,12 @@ import struct
 import time
 from pathlib import Path
 
+import corpus
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
-
-import corpus
 
 VOCAB_SIZE = 2048
 SEQUENCE = 256

@@ -29,7 +29,9 @@ def detect_format(value: Any) -> str:
     if not isinstance(value, dict):
         raise BadRow(f"is a {type(value).__name__}, not an object")
     found = [
-        name for name, key in (("messages", "messages"), ("sharegpt", "conversations")) if key in value
+        name
+        for name, key in (("messages", "messages"), ("sharegpt", "conversations"))
+        if key in value
     ]
     if len(found) != 1:
         seen = ", ".join(sorted(map(str, value))) or "nothing"

@@ -80,7 +80,9 @@ def answer_places(
         around.append(before)
     found_places = _fit(text, around, skeleton, answers)
     if len(found_places) != 1:
-        raise BadRow("the chat template rewrites an assistant turn, so its exact place is not known")
+        raise BadRow(
+            "the chat template rewrites an assistant turn, so its exact place is not known"
+        )
     return found_places[0]
 
 

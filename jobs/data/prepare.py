@@ -77,7 +77,11 @@ def prepare(
     elif data.eval > 0:
         train, held_out = _split(train, data.eval, seed)
     if not train:
-        dropped = f": all {counts.too_long} are longer than {max_seq_length} tokens" if counts.too_long else ""
+        dropped = (
+            f": all {counts.too_long} are longer than {max_seq_length} tokens"
+            if counts.too_long
+            else ""
+        )
         raise DataError(f"nothing is left to train on{dropped}", "raise model.max_seq_length")
     return Prepared(train, held_out, counts)
 
@@ -120,9 +124,7 @@ def _examples(
     return examples
 
 
-def _split(
-    examples: list[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def _split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Hold out a share by each conversation's own hash.
 
     So a conversation stays on its side when others are added, and a duplicate is never on both.

@@ -34,9 +34,13 @@ def read_rows(source: str) -> Iterator[Row]:
             f"data paths are taken from the folder lorajob is started in ({Path.cwd()})",
         ) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is no UTF-8 text (byte {error.start})", "save it as UTF-8") from None
+        raise DataError(
+            f"{source} is no UTF-8 text (byte {error.start})", "save it as UTF-8"
+        ) from None
     except OSError as error:
-        raise AccessError(f"{source} cannot be read: {error.strerror}", "check its rights") from None
+        raise AccessError(
+            f"{source} cannot be read: {error.strerror}", "check its rights"
+        ) from None
     if not text.strip():
         raise DataError(f"{source} is empty", "give it at least one conversation")
     if path.suffix == ".jsonl":

@@ -23,7 +23,7 @@ from jobs.errors import DataError
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks assistant text for transformers' masks; here it only renders."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as the base class declares it
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)
@@ -47,7 +47,9 @@ class ChatTemplate:
         self.name = name
         self._special_tokens = special_tokens
         env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         env.filters["tojson"] = _to_json
         env.globals["raise_exception"] = _raise

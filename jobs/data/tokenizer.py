@@ -49,13 +49,16 @@ def load_tokenizer(folder: Path, chat_template: str = "auto") -> ChatTokenizer:
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise AccessError(f"{path} is no tokenizer: {error}", "fetch the base model again") from None
+        raise AccessError(
+            f"{path} is no tokenizer: {error}", "fetch the base model again"
+        ) from None
     config = _json(folder / "tokenizer_config.json")
     special = _special_tokens(_json(folder / "special_tokens_map.json") | config)
     source, name = _template_source(folder, config, chat_template)
     eos = special.get("eos_token")
-    stops = _stop_ids(folder) | ({backend.token_to_id(eos)} if eos else set())
-    stops.discard(None)
+    stops = _stop_ids(folder)
+    if eos and (eos_id := backend.token_to_id(eos)) is not None:
+        stops.add(eos_id)
     if not stops:
         raise AccessError(
             f"{folder} names no end-of-sequence token, so an answer could never stop",
@@ -113,9 +116,9 @@ def _template_source(folder: Path, config: dict[str, Any], chosen: str) -> tuple
     return source, str(folder / "tokenizer_config.json")
 
 
-def _stop_ids(folder: Path) -> set[int | None]:
-    found: set[int | None] = set()
+def _stop_ids(folder: Path) -> set[int]:
+    found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         eos = _json(folder / name).get("eos_token_id")
-        found |= set(eos) if isinstance(eos, list) else {eos}
+        found |= set(eos) if isinstance(eos, list) else {eos} if isinstance(eos, int) else set()
     return found

@@ -70,5 +70,7 @@ def ask(
         )
         ids = output[0, prompt.shape[1] :].tolist()
         stopped = bool(ids) and ids[-1] in tokenizer.stop_ids
-        answers.append({"text": tokenizer.text_of(ids[:-1] if stopped else ids), "stopped": stopped})
+        answers.append(
+            {"text": tokenizer.text_of(ids[:-1] if stopped else ids), "stopped": stopped}
+        )
     return answers

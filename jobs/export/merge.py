@@ -85,7 +85,8 @@ class Updates:
     def delta(self, name: str) -> torch.Tensor:
         """alpha / rank * B A in float32, of the weight's shape (out, in); Hu et al. 2021, eq. 3."""
         lora_a, lora_b = self.tensors[name]
-        return self._scale * (lora_b.float() @ lora_a.float())
+        delta: torch.Tensor = self._scale * (lora_b.float() @ lora_a.float())
+        return delta
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -97,7 +98,8 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     packed, state = quantize_4bit(
         weight.float(), quant_type="nf4", compress_statistics=True, blocksize=64
     )
-    return dequantize_4bit(packed, state).reshape(weight.shape)
+    unpacked: torch.Tensor = dequantize_4bit(packed, state)
+    return unpacked.reshape(weight.shape)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -154,7 +154,10 @@ def _merged(
     logits = _logits(model, probe, device)
     # KL(trained || merged), mean over the probed tokens
     divergence = kl_div(
-        log_softmax(logits, -1), log_softmax(probe["logits"], -1), log_target=True, reduction="batchmean"
+        log_softmax(logits, -1),
+        log_softmax(probe["logits"], -1),
+        log_target=True,
+        reduction="batchmean",
     ).item()
     facts = {"changed_tensors": _changed(paths.base, paths.merged), "kl_to_adapter": divergence}
     return Subject(

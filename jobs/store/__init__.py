@@ -16,6 +16,4 @@ def open_store(url: str) -> Store:
         return LocalStore(url)
     if scheme == "file":
         return LocalStore(rest)
-    raise SpecError(
-        f"publish: {url} is no place this version can publish to", "name a folder"
-    )
+    raise SpecError(f"publish: {url} is no place this version can publish to", "name a folder")

@@ -68,7 +68,7 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantized_modules(model: torch.nn.Module) -> list[str]:
@@ -88,13 +88,13 @@ def add_lora(model: PreTrainedModel, lora: Lora, base: str) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target,
         base_model_name_or_path=base,
     )
     try:
-        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        peft_model = get_peft_model(model, config)
     except ValueError as error:
         from jobs.errors import SpecError
 
@@ -138,7 +138,7 @@ def load_hf_tokenizer(folder: Path, tokenizer: ChatTokenizer) -> PreTrainedToken
             "what is trained would not be what is used",
             "save the tokenizer again with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
-    return hf  # type: ignore[no-any-return]
+    return hf
 
 
 def _first_line(error: Exception) -> str:

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -49,13 +48,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         loss, tokens = evaluate(self.model, self.get_eval_dataloader(), self.args.device)
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": float(tokens)}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
 
-class _Report(TrainerCallback):
+class _Report(TrainerCallback):  # type: ignore[misc]
     """Trainer's log entries as events, and as the history that the manifest keeps."""
 
     def __init__(self, observer: Observer, tokens_per_epoch: int) -> None:
@@ -145,12 +144,14 @@ def train(
     )
     for callback in ("ProgressCallback", "PrinterCallback"):
         trainer.callback_handler.callbacks = [
-            each
-            for each in trainer.callback_handler.callbacks
-            if type(each).__name__ != callback
+            each for each in trainer.callback_handler.callbacks if type(each).__name__ != callback
         ]
     train_in_float32(model)
-    before = evaluate(model, trainer.get_eval_dataloader(), trainer.args.device)[0] if eval_rows else None
+    before = (
+        evaluate(model, trainer.get_eval_dataloader(), trainer.args.device)[0]
+        if eval_rows
+        else None
+    )
     try:
         result = trainer.train()
     except torch.OutOfMemoryError as error:
@@ -195,7 +196,9 @@ def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str)
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
+        lr_scheduler_type=train.schedule
+        if train.schedule != "constant"
+        else "constant_with_warmup",
         warmup_steps=int(warmup),
         weight_decay=train.weight_decay,
         optim={"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}[train.optimizer],
@@ -232,5 +235,3 @@ def _keep_probe(
     logits, targets = trained_logits(model, on_device)
     assert IGNORE not in targets
     save_file({**batch, "logits": logits.cpu().contiguous()}, path)
-
-

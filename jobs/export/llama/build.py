@@ -12,7 +12,6 @@ the cache.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -23,7 +22,6 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from jobs.errors import AccessError, ServiceError
 from jobs.observe.events import Observer
@@ -40,7 +38,7 @@ CMAKE_FLAGS = {
     "CMAKE_BUILD_TYPE": "Release",
     "CMAKE_C_FLAGS_RELEASE": "-O2 -DNDEBUG",
     "CMAKE_CXX_FLAGS_RELEASE": "-O2 -DNDEBUG",
-    "CMAKE_SHARED_LINKER_FLAGS": "-static-libgcc -static-libstdc++" if os.name == "posix" and sys.platform == "linux" else "",
+    "CMAKE_SHARED_LINKER_FLAGS": "-static-libgcc -static-libstdc++" if sys.platform == "linux" else "",
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
     "BUILD_SHARED_LIBS": "ON",
@@ -145,7 +143,7 @@ def _sdist(work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation",
                "--no-binary", ":all:", "--require-hashes", "-r", str(requirement),
                "-d", str(work / "sdist")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     archives = list((work / "sdist").glob("*.tar.gz"))
     if done.returncode != 0 or not archives:
         raise ServiceError(
@@ -170,13 +168,9 @@ def _unpack(archive: Path, target: Path) -> Path:
 
 def _program(name: str) -> str:
     """cmake or ninja: the locked package's, else the machine's."""
-    spec = importlib.util.find_spec(name)
-    if spec and spec.origin:
-        module: Any = importlib.import_module(name)
-        folder = getattr(module, f"{name.upper()}_BIN_DIR", None) or getattr(module, "BIN_DIR", "")
-        if (Path(folder) / name).exists():
-            return str(Path(folder) / name)
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    found = shutil.which(
+        name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     if found is None:
         raise AccessError(f"{name} is missing", "install the locked packages: `make setup`")
     return found
@@ -219,5 +213,11 @@ def _collect(source: Path, build: Path, tools: Path) -> None:
     for path in (build / "bin").iterdir():
         if ".so" in path.name or path.suffix == ".dylib":
             shutil.copy2(path, libraries / path.name, follow_symlinks=False)
-    for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE"):
+    for name in (
+        "convert_hf_to_gguf.py",
+        "convert_lora_to_gguf.py",
+        "conversion",
+        "gguf-py",
+        "LICENSE",
+    ):
         shutil.move(llama / name, tools / name)

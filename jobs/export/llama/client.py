@@ -30,7 +30,12 @@ def convert(tools: Path, model: Path, target: Path, log: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(tools / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     with log.open("a") as file:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
         )
     if done.returncode != 0 or not target.is_file():
         tail = log.read_text("utf-8", "replace").strip().splitlines()[-4:]
@@ -78,7 +83,8 @@ def _ask(tools: Path, request: dict[str, Any], log: Path) -> dict[str, Any]:
         tail = log.read_text("utf-8", "replace").strip().splitlines()[-4:]
         _raise_if_disk_full(tail, log)
         raise VerificationError(
-            f"llama.cpp ended with code {process.returncode} at {request['do']}:\n" + "\n".join(tail),
+            f"llama.cpp ended with code {process.returncode} at {request['do']}:\n"
+            + "\n".join(tail),
             f"the whole log is {log}",
         )
     return json.loads(text)  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -84,8 +85,8 @@ def main() -> None:
     tools, answer_fd = sys.argv[1], int(sys.argv[2])
     sys.path.insert(0, tools)
     request = json.load(sys.stdin)
-    work = {"quantize": quantize, "probe": probe}[request.pop("do")]
-    answer = work(**request)
+    known: dict[str, Callable[..., dict[str, Any]]] = {"quantize": quantize, "probe": probe}
+    answer = known[request.pop("do")](**request)
     with os.fdopen(answer_fd, "w") as file:
         json.dump(answer, file)
 
