@@ -39,8 +39,14 @@ def open_base(source: str) -> BaseModel:
             "download the model and name its folder",
         )
     folder = Path(source)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name longer than any file's
+        raise AccessError(
+            f"model.base: {source[:80]} cannot be read: {error.strerror}", "name a folder"
+        ) from None
+    if not is_folder:
+        what = "is a file" if exists else "does not exist"
         raise AccessError(
             f"model.base: the folder {source} {what}",
             "name a folder with config.json, *.safetensors and tokenizer.json "
@@ -60,13 +66,14 @@ def open_base(source: str) -> BaseModel:
         raise AccessError(
             f"model.base: {config_path} cannot be read: {error}", "fetch the base model again"
         ) from None
-    kinds = config.get("architectures") or []
-    if not any(str(kind).endswith("ForCausalLM") for kind in kinds):
+    kinds = config.get("architectures")
+    if not isinstance(kinds, list) or not any(str(kind).endswith("ForCausalLM") for kind in kinds):
         raise AccessError(
-            f"model.base: {source} is no causal language model, but {', '.join(kinds) or 'nothing known'}",
+            f"model.base: {source} is no causal language model: the architectures in its "
+            f"config.json are {json.dumps(kinds)}",
             "name one whose config.json lists a ...ForCausalLM architecture",
         )
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise AccessError(
             f"model.base: {source} is quantized already",
             "name the original 16-bit weights; lorajob quantizes them itself (model.load_in)",
@@ -79,14 +86,49 @@ def open_base(source: str) -> BaseModel:
         )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        try:
+            named = {
+                str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise AccessError(
+                f"model.base: {index} is no index of weights", "fetch the base model again"
+            ) from None
         missing = sorted(named - {path.name for path in weights})
         if missing:
             raise AccessError(
                 f"model.base: {source} lacks {len(missing)} of its weight files, {missing[0]} first",
                 "fetch the base model again",
             )
+    for path in weights:
+        _require_whole(path)
     return BaseModel(source, folder, config)
+
+
+def _require_whole(path: Path) -> None:
+    """Raises AccessError where a safetensors file is not as long as its own header says."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError("its header is cut short, or it is something else")
+            header = json.loads(file.read(length))
+        ends = [
+            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+        ]
+        whole = 8 + length + max(ends, default=0)
+        if size != whole:
+            raise ValueError(f"it has {size} bytes of {whole}")
+    except OSError as error:
+        raise AccessError(
+            f"model.base: {path} cannot be read: {error.strerror}", "fetch the base model again"
+        ) from None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        why = str(error) if type(error) is ValueError else "its header is none"
+        raise AccessError(
+            f"model.base: {path} is no whole safetensors file: {why}", "fetch the base model again"
+        ) from None
 
 
 def copy_tokenizer(base: Path, template: str, target: Path) -> None:
@@ -97,6 +139,8 @@ def copy_tokenizer(base: Path, template: str, target: Path) -> None:
     config_path = target / "tokenizer_config.json"
     if config_path.is_file():
         config = json.loads(config_path.read_text("utf-8"))
-        if config.pop("chat_template", None) is not None:  # chat_template.jinja says it
+        if (
+            isinstance(config, dict) and config.pop("chat_template", None) is not None
+        ):  # chat_template.jinja says it
             config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (target / "chat_template.jinja").write_text(template, "utf-8")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(_with_command(sys.argv[1:] if argv is None else argv))
     try:
         code: int = arguments.do(arguments)
+        sys.stdout.flush()
         return code
     except LorajobError as error:
         return _fail(error)
@@ -39,10 +42,36 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:
-        # Whoever read our output is gone. Python would complain again when it flushes at exit.
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_gone():
+            return 1
+        return _bug(error)
+
+
+def _output_is_gone() -> bool:
+    """Whether whoever read our output has left; the rest of it then goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+    if gone:
+        # Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return gone
+
+
+def _bug(error: Exception) -> int:
+    """What nobody foresaw: one line that says so, and the traceback for whoever mends it."""
+    print(
+        f"lorajob: this is a bug in lorajob: {_summary(error)}\n"
+        "  -> please report it with what follows and the spec",
+        file=sys.stderr,
+    )
+    traceback.print_exception(error)
+    return LorajobError.exit_code
+
+
+def _summary(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _fail(error: LorajobError) -> int:
@@ -81,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (run, check):
         sub.add_argument("spec", nargs="?", help="the spec's path, or - for standard input")
         sub.add_argument(
-            "--work", type=Path, default=Path(os.environ.get("LORAJOB_WORK", "runs")),
+            "--work", type=Path, default=Path(os.environ.get("LORAJOB_WORK") or "runs"),
             help="where runs are kept, each in a folder of its name ($LORAJOB_WORK; default: runs)",
         )  # fmt: skip
     for sub in (run, tools):
@@ -108,6 +137,19 @@ def _run(arguments: argparse.Namespace) -> int:
         except LorajobError as error:
             observer.event(
                 "run_failed", code=error.exit_code, error=error.message, what_to_do=error.hint
+            )
+            raise
+        except KeyboardInterrupt:
+            observer.event("run_stopped", why="interrupted")
+            raise
+        except BrokenPipeError:
+            raise  # there may be nobody left to tell
+        except Exception as error:
+            observer.event(
+                "run_failed",
+                code=LorajobError.exit_code,
+                error=f"this is a bug in lorajob: {_summary(error)}",
+                traceback="".join(traceback.format_exception(error)),
             )
             raise
     if observer.console:

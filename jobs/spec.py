@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 # File names, Kubernetes names and label values all accept this.
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]{0,51}[a-z0-9])?$"
+
+# No system takes a NUL character in a path.
+PLACE_PATTERN = r"^[^\x00]+$"
 
 # llama.cpp's names for the file types that libllama can write (its enum llama_ftype), lower case.
 GgufType = Literal[
@@ -23,23 +26,31 @@ GgufType = Literal[
 ]  # fmt: skip
 
 
+# A number is a number: neither `yes` nor "16" in quotes stands for one.
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Place = Annotated[str, Field(pattern=PLACE_PATTERN)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
-    base: Annotated[str, Field(min_length=1)]
+    base: Place
     """The model to fine-tune: a folder with config.json, safetensors weights and a tokenizer."""
     load_in: Literal["4bit", "16bit"] = "4bit"
     """How the frozen base is held while training: NF4 with double quantization, or 16 bit."""
-    max_seq_length: Annotated[int, Field(ge=16)] = 2048
+    max_seq_length: Annotated[Int, Field(ge=16)] = 2048
     """Longest conversation in tokens; a longer one is dropped, counted and shown."""
-    chat_template: str = "auto"
+    chat_template: Place = "auto"
     """`auto` for the tokenizer's own chat template, or the path of a .jinja file."""
 
 
 class Source(Section):
-    source: Annotated[str, Field(min_length=1)]
+    source: Place
     """A .jsonl or .json file."""
     format: Literal["auto", "messages", "sharegpt"] = "auto"
     """The records' format; `auto` looks at the first record."""
@@ -55,28 +66,32 @@ def _as_source(value: Any) -> Any:
 
 # A bare path stands for a source, and one source for a list of one, so that
 # LORAJOB__DATA__TRAIN=chats.jsonl is all a `docker run` needs.
+OneSource = Place | Source
 Sources = Annotated[
-    list[Annotated[Source, BeforeValidator(_as_source)]],
-    BeforeValidator(_as_list),
+    list[Annotated[Source, BeforeValidator(_as_source, json_schema_input_type=OneSource)]],
     Field(min_length=1),
+    BeforeValidator(
+        _as_list,
+        json_schema_input_type=OneSource | Annotated[list[OneSource], Field(min_length=1)],
+    ),
 ]
 
 
 class Data(Section):
     train: Sources
     """Where the conversations come from; several sources are read one after another."""
-    eval: Annotated[float, Field(ge=0, lt=1)] | Sources = 0.0
+    eval: Annotated[Float, Field(ge=0, lt=1)] | Sources = 0.0
     """The share of the conversations held out for evaluation, or sources of their own."""
     loss_on: Literal["responses", "last_response", "all"] = "responses"
     """What is trained: every assistant turn with its end-of-turn token, only the last, or all."""
 
 
 class Lora(Section):
-    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    rank: Annotated[Int, Field(ge=1, le=1024)] = 16
     """Rank of the two low-rank matrices."""
-    alpha: Annotated[float, Field(gt=0)] = 16
+    alpha: Annotated[Float, Field(gt=0)] = 16
     """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of each LoRA layer while training."""
     target: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which layers get LoRA: every linear layer but the output head, or names of modules."""
@@ -85,27 +100,27 @@ class Lora(Section):
 class Train(Section):
     objective: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
-    epochs: Annotated[float, Field(gt=0)] = 1
+    epochs: Annotated[Float, Field(gt=0)] = 1
     """Passes over the training data; `max_steps` wins over it."""
-    max_steps: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Annotated[Int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps."""
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[Int, Field(ge=1)] = 8
     """Conversations in one optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
     """The highest learning rate, reached after the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes on after the warm-up."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
+    warmup: Annotated[Float, Field(ge=0)] = 0.03
     """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.01
     """AdamW's decoupled weight decay, on the LoRA matrices."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """AdamW with 32-bit states, or bitsandbytes' with 8-bit states."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
-    eval_every: Annotated[int, Field(ge=1)] | None = None
+    eval_every: Annotated[Int, Field(ge=1)] | None = None
     """Evaluate every so many steps; without it, once per epoch."""
-    seed: int = 3407
+    seed: Annotated[Int, Field(ge=0, lt=2**32)] = 3407
     """Seed of everything random: LoRA's start, dropout, the order of the data, the split."""
     engine: Literal["auto", "transformers"] = "auto"
     """What runs the model: `auto` takes the best one for this machine."""
@@ -141,7 +156,7 @@ class Verify(Section):
     prompts: list[Prompt] = []
     """Questions put to the base, the tuned model and each GGUF; without any, the first
     conversations of the evaluation (or training) data are asked."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    max_new_tokens: Annotated[Int, Field(ge=1)] = 128
     """An answer that has not stopped by itself after so many tokens fails."""
 
 
@@ -161,7 +176,14 @@ class Spec(Section):
     train: Train = Train()
     export: Export = Export()
     verify: Verify = Verify()
-    publish: list[Annotated[str, BeforeValidator(_publish_target), Field(min_length=1)]] = []
+    publish: list[
+        Annotated[
+            Place,
+            BeforeValidator(
+                _publish_target, json_schema_input_type=Place | dict[Literal["hub"], Place]
+            ),
+        ]
+    ] = []
     """Where the results go, each a folder. The run's own folder always has them."""
 
 

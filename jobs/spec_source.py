@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.errors import AccessError, SpecError, bullet_list
-from jobs.spec import Spec
+from jobs.spec import NAME_PATTERN, PLACE_PATTERN, Spec
 
 DEFAULT_PATH = "/etc/lorajob/spec.yaml"
 PREFIX = "LORAJOB__"
@@ -31,7 +31,7 @@ def load_spec(path: str | None = None, environ: Mapping[str, str] | None = None)
     """
     env = os.environ if environ is None else environ
     overrides = {key: value for key, value in env.items() if key.startswith(PREFIX)}
-    where = path or env.get("LORAJOB_SPEC")
+    where = path or env.get("LORAJOB_SPEC") or None
     if where is None and (Path(DEFAULT_PATH).exists() or not overrides):
         where = DEFAULT_PATH
     if where is None:
@@ -53,10 +53,13 @@ def load_spec(path: str | None = None, environ: Mapping[str, str] | None = None)
 
 
 def _read(path: str) -> str:
-    if path == "-":
-        return sys.stdin.read()
     try:
-        return Path(path).read_text(encoding="utf-8")
+        if path != "-":
+            return Path(path).read_text(encoding="utf-8")
+        path = "standard input"
+        if sys.stdin is None:
+            raise AccessError("standard input is closed", "name a file, or pipe the spec in")
+        return sys.stdin.buffer.read().decode("utf-8")
     except FileNotFoundError:
         raise AccessError(
             f"there is no spec at {path}",
@@ -76,17 +79,36 @@ def _read(path: str) -> str:
 class _UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a key written twice, of which one would be lost without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        assert isinstance(node, yaml.MappingNode)
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.composer.ComposerError(
+                    problem="a field's name is a text", problem_mark=key.start_mark
+                )
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
+                raise yaml.composer.ComposerError(
                     problem=f"{key.value!r} is written twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # a number of thousands of digits, say
+            raise yaml.constructor.ConstructorError(
+                problem=str(error), problem_mark=node.start_mark
+            ) from None
 
 
+# A date is a text here: no field holds one, and a run's name may look like one.
+_UniqueKeys.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag != "tag:yaml.org,2002:timestamp"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 # PyYAML follows YAML 1.1, where 2e-4 without a dot is a string; everyone writes learning rates so.
 _UniqueKeys.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -98,8 +120,11 @@ _UniqueKeys.add_implicit_resolver(
 def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[Location, int]]:
     """The YAML text as a tree, and the line on which each of its fields stands."""
     try:
-        root = yaml.compose(text, _UniqueKeys)
-        tree = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
+        loader = _UniqueKeys(text)
+        root = loader.get_single_node()
+        tree = None if root is None else loader.construct_document(root)
+    except RecursionError:
+        raise SpecError(f"{where} is nested too deep", "no field is deeper than five") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -115,48 +140,80 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[Location, int]]:
             f"{where} holds a {type(tree).__name__}, not fields", "start with `name: my-run`"
         )
     lines: dict[Location, int] = {}
-    _note_lines(root, (), lines)
+    _note_lines(root, (), lines, set())
     return tree, lines
 
 
-def _note_lines(node: yaml.Node | None, at: Location, lines: dict[Location, int]) -> None:
+def _note_lines(
+    node: yaml.Node | None, at: Location, lines: dict[Location, int], seen: set[int]
+) -> None:
+    if id(node) in seen:  # an alias, which may even stand in what it names
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             lines[(*at, key.value)] = key.start_mark.line + 1
-            _note_lines(value, (*at, key.value), lines)
+            _note_lines(value, (*at, key.value), lines, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*at, index)] = value.start_mark.line + 1
-            _note_lines(value, (*at, index), lines)
+            _note_lines(value, (*at, index), lines, seen)
 
 
 def _lay_over(tree: dict[str, Any], overrides: Mapping[str, str]) -> dict[Location, str]:
-    """Put each LORAJOB__A__B=value into the tree; returns which variable set which field.
-
-    Values are YAML, so numbers, lists and null mean what they mean in the file.
-    """
+    """Put each LORAJOB__A__B=value into the tree; returns which variable set which field."""
     origin: dict[Location, str] = {}
     for variable, text in sorted(overrides.items()):
         parts = variable.removeprefix(PREFIX).lower().split("__")
-        try:
-            value = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
-            value = text  # a plain text with a colon or a brace in it; the field's type decides
         at: Any = tree
-        keys: list[str | int] = [int(part) if part.isdigit() else part for part in parts]
         try:
+            keys: list[str | int] = [int(part) if part.isdecimal() else part for part in parts]
             for key in keys[:-1]:
-                at = at.setdefault(key, {}) if isinstance(at, dict) else at[key]
+                if isinstance(at, dict) and at.get(key) is None:
+                    at[key] = {}  # a section left out, or of which only the heading is written
+                at = at[key]
                 if not isinstance(at, dict | list):
                     raise TypeError
-            at[keys[-1]] = value
-        except (IndexError, TypeError, KeyError):
+            at[keys[-1]] = _value_of(text)
+        except (IndexError, TypeError, KeyError, ValueError):
             raise SpecError(
                 f"{variable} names no field: {'.'.join(parts)}",
                 "write section and field as in the spec, e.g. LORAJOB__TRAIN__EPOCHS=2",
             ) from None
         origin[tuple(keys)] = variable
     return origin
+
+
+def _value_of(text: str) -> Any:
+    """What a variable's text means: numbers, true, null, [lists] and {fields} as in the file.
+
+    Anything else is text as it is, also with a colon, a # or line breaks in it.
+    """
+    plain = text.strip()
+    try:
+        if plain[:1] in ("[", "{", '"', "'") or "\n" in plain:
+            value = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
+            return text if isinstance(value, str) and plain[:1] not in ('"', "'") else value
+        loader = _UniqueKeys("")
+        tag = loader.resolve(yaml.ScalarNode, plain, (True, False))  # type: ignore[no-untyped-call]
+        value = loader.construct_object(yaml.ScalarNode(tag, plain))
+        return text if isinstance(value, str) else value
+    except (yaml.YAMLError, RecursionError):
+        return text
+
+
+# Where pydantic speaks to programmers.
+_OWN_WORDS = {
+    "model_type": "it is a section: write its fields below it, or leave it out",
+    "string_type": "a text is wanted (put it in quotes)",
+    "invalid_key": "a field's name is a text",
+}
+_PATTERNS = {
+    NAME_PATTERN: "a name has lower-case letters, digits, dots and dashes, at most 53, "
+    "with a letter or digit first and last",
+    PLACE_PATTERN: "a path is wanted, not empty and without NUL characters",
+}
+LONGEST = 120  # characters shown of a wrong value
 
 
 def _messages(
@@ -170,15 +227,26 @@ def _messages(
     for item in error.errors(include_url=False):
         loc = _fields_of(item["loc"], tree)
         field = ".".join(str(part) for part in loc) or "the spec"
-        text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             nearest = _nearest(loc)
             text = "unknown field" + (f"; did you mean {nearest}?" if nearest else "")
         elif item["type"] == "missing":
             text = "is missing"
-        elif not isinstance(item["input"], dict | list):
-            text += f", got {item['input']!r}"
-        written = origin.get(loc) or (f"line {lines[loc]}" if loc in lines else None)
+        else:
+            text = _OWN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_pattern_mismatch":
+                text = _PATTERNS[item["ctx"]["pattern"]]
+            if not isinstance(item["input"], dict | list):
+                got = repr(item["input"])
+                text += f", got {got if len(got) <= LONGEST else got[:LONGEST] + '...'}"
+        written = next(
+            (
+                origin.get(part) or f"line {lines[part]}"
+                for part in (loc[:end] for end in range(len(loc), 0, -1))
+                if part in origin or part in lines
+            ),
+            None,
+        )
         # A union reports once for each of its members; the first telling is enough.
         found.setdefault(field, f"{field}: {text}" + (f" ({written})" if written else ""))
     return list(found.values())

@@ -7,6 +7,7 @@ whose files are not as the record says, is done again from its beginning.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import LorajobError
+from jobs.errors import AccessError, LorajobError
 from jobs.observe.events import Observer
-from jobs.store.hashing import FileEntry, file_entries, key_of
-from jobs.store.local import disk_error
+from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
+from jobs.store.local import FULL, disk_error
 
-RECORDS = ".stages"
+RECORDS = ".work/stages"
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,20 @@ class Stages:
             seconds = round(time.monotonic() - start, 2)
             done = Done(key, files, result, seconds, skipped=False)
             write_whole(record, {"key": key, "files": files, "result": result, "seconds": seconds})
-        except LorajobError as error:
-            self.observer.event("stage_failed", stage=name, error=error.message)
-            raise
-        except OSError as error:
-            if error.errno is None or error.filename is None:
+        except Exception as error:
+            told = _told(error, building)
+            if (
+                told is None
+                and not building.exists()
+                and not (self.folder / (output or "")).exists()
+            ):
+                told = AccessError(
+                    f"{self.folder} was removed while the run used it", "start the run again"
+                )
+            self.observer.event("stage_failed", stage=name, error=str(told or error))
+            if told is None or told is error:
                 raise
-            raise disk_error(error, Path(str(error.filename))) from None
+            raise told from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
         self.observer.event("stage_done", stage=name, seconds=seconds, note=note(result))
@@ -98,15 +106,27 @@ class Stages:
         try:
             kept = json.loads(record.read_text("utf-8"))
             done = Done(kept["key"], kept["files"], kept["result"], kept["seconds"], skipped=True)
+            same = done.key == key and all(self._is_as(entry) for entry in done.files)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if done.key != key:
-            return None
-        for entry in done.files:
-            path = self.folder / entry["path"]
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                return None
-        return done
+        return done if same else None
+
+    def _is_as(self, entry: FileEntry) -> bool:
+        path = self.folder / entry["path"]
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            return False
+        return sha256_of(path) == entry["sha256"]
+
+
+def _told(error: Exception, building: Path) -> LorajobError | None:
+    """What a failure means to a person, or None where it is a bug."""
+    if isinstance(error, LorajobError):
+        return error
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        return disk_error(error, Path(str(error.filename or building)))
+    if os.strerror(errno.ENOSPC) in str(error):  # safetensors' own error is no OSError
+        return disk_error(OSError(errno.ENOSPC, ""), building)
+    return None
 
 
 def write_whole(path: Path, value: Any) -> None:

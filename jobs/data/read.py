@@ -64,6 +64,8 @@ def _lines(text: str, source: str) -> Iterator[Row]:
                     f"{place}, column {error.colno}: no valid JSON: {error.msg}",
                     "each line of a .jsonl file is one JSON object",
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise _unusual(place, error) from None
 
 
 def _array(text: str, source: str) -> Iterator[Row]:
@@ -74,9 +76,16 @@ def _array(text: str, source: str) -> Iterator[Row]:
             f"{source}, line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}",
             "a .json file is one array of objects; one object a line is .jsonl",
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise _unusual(source, error) from None
     if not isinstance(values, list):
         raise DataError(f"{source} holds no JSON array", "put the records into [ ... ]")
     if not values:
         raise DataError(f"{source} holds an empty array", "give it at least one conversation")
     for number, value in enumerate(values, 1):
         yield Row(value, f"{source}, record {number}")
+
+
+def _unusual(place: str, error: Exception) -> DataError:
+    """Valid JSON that Python does not take: a number of thousands of digits, deep nesting."""
+    return DataError(f"{place} cannot be read: {error}", "mend or remove it")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from datasets import load_from_disk
 from peft import PeftModel
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from jobs.data.tokenizer import ChatTokenizer
 from jobs.export.answers import Answer, Question, ask, questions
 from jobs.export.gguf import file_name
 from jobs.export.llama import client
-from jobs.export.merge import weight_files
+from jobs.export.merge import PREFIX, weight_files
 from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.train.batches import PadBatch
@@ -32,9 +33,13 @@ LOSS_ROWS = 32  # conversations whose loss is compared
 # order, which in bfloat16 (8 bits of mantissa) moves a logit of size 30 by up to 0.125 a rounding.
 RELOADED_LOGITS = {"cpu": 1e-4, "cuda": 0.5}
 
-# Rounding the merged weights to bfloat16 moves each by up to 1 part in 256. A wrong scale, a wrong
-# base or a second merge moves the predictions by orders of magnitude more than this.
-MERGED_KL = 0.01  # nats per token
+# Rounding the merged weights to 16 bit costs a prediction far less than this (1e-6 where it was
+# measured); another base, or no merge at all, costs far more.
+MERGED_KL = 1e-2  # nats per token
+
+# How much of the trained update is in the merged weights must be 1 for every layer: see
+# `_merged_share`. This much it may be off beyond what rounding explains.
+MERGED_SHARE = 0.02
 
 # Quantizing costs something; a file that has lost more than half of what training gained has not
 # kept what it was made for.
@@ -100,6 +105,8 @@ def verify(
             {"reloaded_logits_off_by": difference},
         )
         ticker.advance(note="adapter")
+        if paths.merged:
+            failures += _share_failures(tuned, paths.merged)
         del base, tuned
 
         if paths.merged:
@@ -174,6 +181,48 @@ def _changed(base: Path, merged: Path) -> int:
                 tensor = new.get_tensor(name)
                 changed += not torch.equal(old.get_tensor(name).to(tensor.dtype), tensor)
     return changed
+
+
+@torch.no_grad()
+def _share_failures(tuned: Any, merged: Path) -> list[str]:
+    """Whether each layer's update is in the merged weights exactly once."""
+    layers = {
+        f"{name.removeprefix(PREFIX)}.weight": layer
+        for name, layer in tuned.named_modules()
+        if hasattr(layer, "get_delta_weight")
+    }
+    failures = []
+    for file in weight_files(merged):
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(set(tensors.keys()) & set(layers)):
+                share, noise = _merged_share(tensors.get_tensor(name), layers[name])
+                if abs(share - 1) > MERGED_SHARE + 6 * noise:
+                    failures.append(
+                        f"merged: {name} has {round(share, 2) + 0.0:.2f} times the update that was trained, "
+                        "where it must have it once"
+                    )
+    return failures
+
+
+def _merged_share(merged: torch.Tensor, layer: Any) -> tuple[float, float]:
+    """How many times a layer's update is in its merged weight, and how unsure that is.
+
+    The difference between merged and base weight, projected on the trained update: 0 where nothing
+    was merged, 1 where it was merged once, 2 where twice. Rounding errors are independent of the
+    update and cancel in the projection: what is left of them has the standard deviation
+    sigma / |update|, with sigma the rounding error of a weight (2^-9 of its size in bfloat16).
+    """
+    weight = layer.get_base_layer().weight
+    state = getattr(weight, "quant_state", None)
+    base = dequantize_4bit(weight.data, state) if state is not None else weight.data
+    base = base.reshape(merged.shape).float()
+    update = layer.get_delta_weight("default").float()
+    size = update.norm().item()
+    if size == 0:  # nothing was trained here, and `changed_tensors` says the rest
+        return 1.0, 0.0
+    difference = merged.to(base.device).float() - base
+    share = (difference * update).sum().item() / size**2
+    return share, 2**-9 * base.pow(2).mean().sqrt().item() / size
 
 
 def _merged_failures(merged: Subject) -> list[str]:

@@ -42,6 +42,7 @@ def publish(
 def _listed_before(store: Store) -> set[str]:
     """The files that the manifest already there lists; nothing else there is ours to remove."""
     before = store.read_json(NAME)
-    if not isinstance(before, dict):
+    files = before.get("files") if isinstance(before, dict) else None
+    if not isinstance(files, list):
         return set()
-    return {str(f["path"]) for f in before.get("files", []) if isinstance(f, dict) and "path" in f}
+    return {str(f["path"]) for f in files if isinstance(f, dict) and "path" in f}

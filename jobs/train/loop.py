@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from jobs.data.labels import IGNORE
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.errors import DoesNotFitError, LorajobError
+from jobs.errors import DoesNotFitError, VerificationError
 from jobs.observe.events import Observer
 from jobs.spec import Spec, Train
 from jobs.train.batches import PadBatch
@@ -45,7 +45,10 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        loss, tokens = evaluate(self.model, self.get_eval_dataloader(), self.args.device)
+        # A data loader draws from torch's generator, which the next dropout mask comes from too:
+        # whether and when a run is evaluated must not change what it learns.
+        with torch.random.fork_rng():
+            loss, tokens = evaluate(self.model, self.get_eval_dataloader(), self.args.device)
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": float(tokens)}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
@@ -86,10 +89,11 @@ class _Report(TrainerCallback):  # type: ignore[misc]
             self._eval_note = f" eval {entry['eval_loss']:.3f}"
             self._observer.event("eval", **entry)
         elif "loss" in logs:
-            loss = float(logs["loss"])
-            if not math.isfinite(loss):
-                raise LorajobError(
-                    f"the loss is {loss} at step {state.global_step}: training has diverged",
+            loss, grad_norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+            if not math.isfinite(loss) or not math.isfinite(grad_norm):
+                raise VerificationError(
+                    f"training has diverged: at step {state.global_step} the loss is {loss} and the "
+                    f"gradient's norm {grad_norm}",
                     "lower train.learning_rate, or look at the data of the last steps",
                 )
             seconds = time.monotonic() - self._start
@@ -99,7 +103,7 @@ class _Report(TrainerCallback):  # type: ignore[misc]
                 "epoch": round(state.epoch or 0.0, 3),
                 "loss": round(loss, 6),
                 "learning_rate": logs.get("learning_rate", 0.0),
-                "grad_norm": round(float(logs.get("grad_norm", 0.0)), 4),
+                "grad_norm": round(grad_norm, 4),
                 "tokens_per_second": round(done / seconds, 1),
             }
             self._observer.event("train_step", of=state.max_steps, **entry)
@@ -206,6 +210,7 @@ def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str)
         eval_strategy=("steps" if train.eval_every else "epoch") if evaluates else "no",
         eval_steps=train.eval_every,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN would be logged as 0
         save_strategy="no",
         report_to="none",
         seed=train.seed,
@@ -216,6 +221,8 @@ def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str)
         gradient_checkpointing=device == "cuda",
         dataloader_pin_memory=device == "cuda",
         disable_tqdm=True,
+        # The head's logits are computed for trained tokens only, some at a time: same mathematics.
+        loss_type="chunked_nll",
         # The data is ready: TRL must neither prepare, cut, pack nor mask anything.
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,

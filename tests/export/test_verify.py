@@ -1,0 +1,159 @@
+"""A planted fault of each kind is found before anything is published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs.data.tokenizer import ChatTokenizer
+from jobs.export.gguf import file_name, make_gguf
+from jobs.export.llama.build import find_tools
+from jobs.export.merge import merge
+from jobs.export.verify import Paths, verify
+from jobs.observe.events import Observer
+from jobs.spec import Spec
+from jobs.spec_source import load_spec
+from tests.conftest import BASE, ROOT
+
+pytestmark = pytest.mark.slow
+
+Change = Callable[[Path], None]
+
+
+@pytest.fixture
+def found(
+    demo: Path, tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
+    """Verify a copy of the demo's results after a change to it; returns what was found."""
+    monkeypatch.chdir(ROOT)
+
+    def look(change: Change | None = None, gguf: list[str] | None = None) -> list[str]:
+        run = tmp_path / "run"
+        shutil.copytree(demo, run)
+        if change:
+            change(run)
+        spec = Spec.model_validate(
+            {
+                **load_spec("examples/demo.yaml", {}).model_dump(),
+                "export": {"gguf": gguf or []},
+            }
+        )
+        paths = Paths(
+            BASE, run / ".work/data", run / "adapter", run / ".work/train/probe.safetensors",
+            run / "merged", run / "gguf", run / "llama.log",
+        )  # fmt: skip
+        first = json.loads((run / ".work/data/first.json").read_text())
+        return verify(
+            spec, paths, tokenizer, first["eval"], find_tools(), "cpu", 2, Observer("json")
+        )[1]
+
+    return look
+
+
+def test_what_is_as_it_should_be_passes(found: Callable[..., list[str]]) -> None:
+    assert found(gguf=["q8_0"]) == []
+
+
+def test_an_adapter_that_does_not_reload_as_trained_is_found(
+    found: Callable[..., list[str]],
+) -> None:
+    def change(run: Path) -> None:
+        config = json.loads((run / "adapter/adapter_config.json").read_text())
+        config["lora_alpha"] *= 2
+        (run / "adapter/adapter_config.json").write_text(json.dumps(config))
+
+    assert any("reloaded" in text for text in found(change))
+
+
+def remerge(run: Path, scale: float) -> None:
+    """Merge anew with the update scaled."""
+    scaled = run / "scaled"
+    shutil.copytree(run / "adapter", scaled)
+    weights = load_file(scaled / "adapter_model.safetensors")
+    for name in weights:
+        if "lora_B" in name:
+            weights[name] *= scale
+    save_file(weights, scaled / "adapter_model.safetensors")
+    quantized = json.loads((run / ".work/stages/train.json").read_text())["result"]
+    merge(BASE, scaled, quantized["quantized_modules"], run / "merged", Observer("json"))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(0.0, "has 0.00 times"), (2.0, "has 2.00 times"), (0.9, "has 0.90 times")],
+    ids=["not merged", "merged twice", "wrong scale"],
+)
+def test_a_wrong_merge_is_found_in_every_layer(
+    found: Callable[..., list[str]], scale: float, message: str
+) -> None:
+    assert sum(message in text for text in found(lambda run: remerge(run, scale))) == 28
+
+
+def test_merged_weights_that_are_the_base_are_found(found: Callable[..., list[str]]) -> None:
+    def change(run: Path) -> None:
+        shutil.copyfile(BASE / "model.safetensors", run / "merged/model.safetensors")
+
+    assert any("nothing was merged" in text for text in found(change))
+
+
+def regguf(run: Path, change: Change) -> None:
+    """Make the GGUF anew from merged files that were changed in between."""
+    change(run / "merged")
+    tools = find_tools()
+    assert tools is not None
+    shutil.rmtree(run / "gguf")
+    (run / "gguf").mkdir()
+    make_gguf("demo", run / "merged", ["q8_0"], run / "gguf", run / "llama.log", tools, 2, Observer("json"))  # fmt: skip
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, **fields}))
+
+
+def drop_template(merged: Path) -> None:
+    path = merged / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|im_end|>\\n", "<|im_end|>"))
+
+
+def lose_eos(merged: Path) -> None:
+    edit_json(merged / "tokenizer_config.json", eos_token="<unk>")
+    for name in ("config.json", "generation_config.json"):
+        edit_json(merged / name, eos_token_id=0)
+
+
+def swap_tokenizer(merged: Path) -> None:
+    # Without tokenizer.model the converter knows no scores: it converts without an error, and
+    # llama.cpp then splits words otherwise.
+    (merged / "tokenizer.model").unlink()
+
+
+def no_stop(merged: Path) -> None:
+    """Weights that never choose the end-of-turn token."""
+    weights = load_file(merged / "model.safetensors")
+    weights["model.embed_tokens.weight"][2046] = torch.zeros(256)
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_template, "chat template is not the one"),
+        (lose_eos, "end-of-sequence token is not the one"),
+        (swap_tokenizer, "into other tokens than the tokenizer"),
+        (no_stop, "no answer stops by itself"),
+    ],
+    ids=["template", "eos", "tokenizer", "never stops"],
+)
+def test_a_faulty_gguf_is_found(
+    found: Callable[..., list[str]], change: Change, message: str
+) -> None:
+    failures = found(lambda run: regguf(run, change), gguf=["q8_0"])
+    assert any(message in text for text in failures if file_name("demo", "q8_0") in text or text.startswith("q8_0")), failures  # fmt: skip

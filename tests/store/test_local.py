@@ -1,0 +1,170 @@
+"""A folder as a store: a key is absent or complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import AccessError, DoesNotFitError, SpecError
+from jobs.store import LocalStore, open_store
+from jobs.store.hashing import sha256_of
+
+OUTSIDE = ["../x", "a/../../x", "/etc/x", "..", "", ".", "a\0b"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(b"content")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
+
+
+def test_what_is_put_is_there_and_nothing_else(store: LocalStore, source: Path) -> None:
+    assert store.keys() == []
+    store.put(source, "sub/a")
+    assert store.keys() == ["sub/a"]
+    assert (store.folder / "sub" / "a").read_bytes() == b"content"
+    assert [path.name for path in store.folder.rglob("*")] == ["sub", "a"]
+
+
+def test_a_key_is_there_only_with_exactly_these_bytes(store: LocalStore, source: Path) -> None:
+    store.put(source, "a")
+    digest = sha256_of(source)
+    assert store.has("a", 7, digest)
+    assert not store.has("a", 8, digest)
+    assert not store.has("b", 7, digest)
+    (store.folder / "a").write_bytes(b"CONTENT")
+    assert not store.has("a", 7, digest)
+
+
+def fail_after_half(number: int) -> object:
+    def copy(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:3])
+        raise OSError(number, os.strerror(number))
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, DoesNotFitError), (errno.EIO, AccessError)]
+)
+def test_a_put_that_fails_leaves_the_old_file_and_no_part_of_the_new(
+    store: LocalStore,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    kind: type[Exception],
+) -> None:
+    store.put(source, "a")
+    source.write_bytes(b"new content")
+    monkeypatch.setattr(shutil, "copyfile", fail_after_half(number))
+    for key in ("a", "b"):
+        with pytest.raises(kind):
+            store.put(source, key)
+    assert (store.folder / "a").read_bytes() == b"content"
+    assert [path.name for path in store.folder.rglob("*")] == ["a"]
+
+
+def test_a_file_is_not_seen_under_its_key_while_it_is_copied(
+    store: LocalStore, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    copyfile = shutil.copyfile
+
+    def copy(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        seen.append(store.keys())
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    store.put(source, "a")
+    assert seen == [[]]
+    assert store.keys() == ["a"]
+
+
+def test_what_a_killed_put_left_is_no_key_and_does_not_disturb(
+    store: LocalStore, source: Path
+) -> None:
+    store.folder.mkdir()
+    (store.folder / ".partial-a").write_bytes(b"cont")
+    assert store.keys() == []
+    store.put(source, "a")
+    assert [path.name for path in store.folder.iterdir()] == ["a"]
+
+
+def test_delete_removes_a_key_and_takes_one_that_is_not_there(
+    store: LocalStore, source: Path
+) -> None:
+    store.put(source, "sub/a")
+    store.delete("sub/a")
+    store.delete("sub/a")
+    store.delete("never/there")
+    assert store.keys() == []
+
+
+def test_a_folder_is_not_deleted_as_if_it_were_a_file(store: LocalStore, source: Path) -> None:
+    store.put(source, "sub/a")
+    with pytest.raises(AccessError):
+        store.delete("sub")
+    assert store.keys() == ["sub/a"]
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_key_outside_the_folder_is_refused(store: LocalStore, source: Path, key: str) -> None:
+    store.folder.mkdir()
+    with pytest.raises(AccessError, match="is no file in"):
+        store.put(source, key)
+    with pytest.raises(AccessError, match="is no file in"):
+        store.delete(key)
+    with pytest.raises(AccessError, match="is no file in"):
+        store.has(key, 7, "")
+    assert store.keys() == []
+
+
+def test_json_that_is_none_reads_as_nothing(store: LocalStore) -> None:
+    store.folder.mkdir()
+    assert store.read_json("a.json") is None
+    for junk in (b"", b"{", b"\xff\xfe", b"[" * 100_000):
+        (store.folder / "a.json").write_bytes(junk)
+        assert store.read_json("a.json") is None
+    (store.folder / "a.json").write_bytes(b'{"a": 1}')
+    assert store.read_json("a.json") == {"a": 1}
+
+
+def test_a_proof_of_writing_makes_the_folder_and_leaves_nothing_in_it(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "a" / "b")
+    store.prove_writable()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_is_told(source: Path) -> None:
+    with pytest.raises(AccessError, match="cannot be written: Not a directory"):
+        LocalStore(source / "x").prove_writable()
+
+
+def test_a_full_disk_does_not_pass_for_a_missing_right(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DoesNotFitError, match="the disk is full"):
+        store.prove_writable()
+
+
+def test_a_url_of_a_file_is_a_folder_and_others_are_refused(tmp_path: Path) -> None:
+    for url in (str(tmp_path), f"file://{tmp_path}"):
+        store = open_store(url)
+        assert isinstance(store, LocalStore)
+        assert store.folder == tmp_path
+    with pytest.raises(SpecError, match="s3://bucket"):
+        open_store("s3://bucket/x")

@@ -1,0 +1,136 @@
+"""Publishing: who sees a manifest sees all that it lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import AccessError
+from jobs.store import LocalStore
+from jobs.store.hashing import FileEntry, file_entries
+from jobs.store.publish import publish
+
+
+class Recording(LocalStore):
+    """A folder that notes what is done to it, and can fail on the way."""
+
+    def __init__(self, folder: Path, fail_at: str | None = None) -> None:
+        super().__init__(folder)
+        self.done: list[str] = []
+        self.fail_at = fail_at
+
+    def put(self, source: Path, key: str) -> None:
+        if key == self.fail_at:
+            raise AccessError(f"{key} cannot be written")
+        self.done.append(f"put {key}")
+        super().put(source, key)
+
+    def delete(self, key: str) -> None:
+        self.done.append(f"delete {key}")
+        super().delete(key)
+
+
+def make_run(folder: Path, **contents: str) -> list[FileEntry]:
+    """A run's folder with these files, and the manifest over them."""
+    for name, text in contents.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    wanted = {name.replace("__", "/") for name in contents}
+    files = [entry for entry in file_entries(folder) if entry["path"] in wanted]
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    return files
+
+
+def send(folder: Path, files: list[FileEntry], store: LocalStore) -> dict[str, int]:
+    return publish(folder, files, store, lambda: None)
+
+
+def test_the_manifest_is_put_last(tmp_path: Path) -> None:
+    files = make_run(tmp_path / "run", adapter__a="1", gguf__b="2")
+    store = Recording(tmp_path / "out")
+    assert send(tmp_path / "run", files, store) == {"sent": 2, "kept": 0}
+    assert store.done == [
+        "delete manifest.json", "put adapter/a", "put gguf/b", "put manifest.json",
+    ]  # fmt: skip
+    assert store.keys() == ["adapter/a", "gguf/b", "manifest.json"]
+
+
+def test_publishing_again_sends_nothing(tmp_path: Path) -> None:
+    files = make_run(tmp_path / "run", a="1", b="2")
+    send(tmp_path / "run", files, LocalStore(tmp_path / "out"))
+    store = Recording(tmp_path / "out")
+    assert send(tmp_path / "run", files, store) == {"sent": 0, "kept": 2}
+    assert store.done == []
+
+
+def test_only_the_file_that_changed_is_sent_and_the_manifest_around_it(tmp_path: Path) -> None:
+    send(tmp_path / "run", make_run(tmp_path / "run", a="1", b="2"), LocalStore(tmp_path / "out"))
+    files = make_run(tmp_path / "run", a="1", b="3")
+    store = Recording(tmp_path / "out")
+    assert send(tmp_path / "run", files, store) == {"sent": 1, "kept": 1}
+    assert store.done == ["delete manifest.json", "put b", "put manifest.json"]
+    assert (tmp_path / "out" / "b").read_text() == "3"
+
+
+def test_a_file_damaged_at_the_target_is_sent_again(tmp_path: Path) -> None:
+    files = make_run(tmp_path / "run", a="1", b="2")
+    send(tmp_path / "run", files, LocalStore(tmp_path / "out"))
+    (tmp_path / "out" / "a").write_text("X")
+    assert send(tmp_path / "run", files, LocalStore(tmp_path / "out")) == {"sent": 1, "kept": 1}
+    assert (tmp_path / "out" / "a").read_text() == "1"
+
+
+def test_what_an_earlier_manifest_listed_goes_and_what_others_put_there_stays(
+    tmp_path: Path,
+) -> None:
+    send(
+        tmp_path / "run", make_run(tmp_path / "run", a="1", gguf__old="2"),
+        LocalStore(tmp_path / "out"),
+    )  # fmt: skip
+    (tmp_path / "out" / "gguf" / "foreign").write_text("mine")
+    send(tmp_path / "run", make_run(tmp_path / "run", a="1"), LocalStore(tmp_path / "out"))
+    assert LocalStore(tmp_path / "out").keys() == ["a", "gguf/foreign", "manifest.json"]
+
+
+def test_a_failure_on_the_way_leaves_no_manifest_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    send(tmp_path / "run", make_run(tmp_path / "run", a="1", b="2"), LocalStore(tmp_path / "out"))
+    files = make_run(tmp_path / "run", a="8", b="9")
+    with pytest.raises(AccessError):
+        send(tmp_path / "run", files, Recording(tmp_path / "out", fail_at="b"))
+    assert LocalStore(tmp_path / "out").keys() == ["a", "b"]
+    assert send(tmp_path / "run", files, LocalStore(tmp_path / "out")) == {"sent": 1, "kept": 1}
+    assert LocalStore(tmp_path / "out").keys() == ["a", "b", "manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "before", [[], 5, {}, {"files": None}, {"files": 5}, {"files": ["a", {}, None]}]
+)
+def test_a_manifest_there_that_is_none_of_ours_removes_nothing(tmp_path: Path, before: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "foreign").write_text("mine")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(before))
+    files = make_run(tmp_path / "run", b="1")
+    assert send(tmp_path / "run", files, LocalStore(tmp_path / "out")) == {"sent": 1, "kept": 0}
+    assert LocalStore(tmp_path / "out").keys() == ["b", "foreign", "manifest.json"]
+
+
+def test_a_manifest_there_cannot_have_files_outside_its_folder_removed(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    listed = {"files": [{"path": "../precious"}]}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(listed))
+    files = make_run(tmp_path / "run", b="1")
+    with pytest.raises(AccessError, match="is no file in"):
+        send(tmp_path / "run", files, LocalStore(tmp_path / "out"))
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_each_file_advances_the_progress_once(tmp_path: Path) -> None:
+    files = make_run(tmp_path / "run", a="1", b="2", c="3")
+    ticks: list[None] = []
+    publish(tmp_path / "run", files, LocalStore(tmp_path / "out"), lambda: ticks.append(None))
+    assert len(ticks) == 3

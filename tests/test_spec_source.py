@@ -1,0 +1,272 @@
+"""Where a spec comes from, and what is said about a wrong one."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import spec_source
+from jobs.errors import AccessError, SpecError
+from jobs.spec import Spec
+from jobs.spec_source import load_spec
+
+GOOD = """\
+name: t
+model:
+  base: some/base
+data:
+  train: x.jsonl
+"""
+ENOUGH = {
+    "LORAJOB__NAME": "t",
+    "LORAJOB__MODEL__BASE": "b",
+    "LORAJOB__DATA__TRAIN": "x.jsonl",
+}
+
+
+class Stdin:
+    def __init__(self, content: bytes) -> None:
+        self.buffer = io.BytesIO(content)
+
+
+def load(folder: Path, text: str, **env: str) -> Spec:
+    path = folder / "spec.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_spec(str(path), env)
+
+
+def mistakes(folder: Path, text: str, **env: str) -> str:
+    with pytest.raises(SpecError) as caught:
+        load(folder, text, **env)
+    return caught.value.message
+
+
+@pytest.fixture(autouse=True)
+def no_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(spec_source, "DEFAULT_PATH", str(tmp_path / "etc.yaml"))
+
+
+def test_a_spec_is_read_from_the_path_given_before_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(GOOD.replace("name: t", "name: other"))
+    (tmp_path / "etc.yaml").write_text(GOOD.replace("name: t", "name: etc"))
+    env = {"LORAJOB_SPEC": str(tmp_path / "other.yaml")}
+    assert load(tmp_path, GOOD, **env).name == "t"
+    assert load_spec(None, env).name == "other"
+    assert load_spec(None, {}).name == "etc"
+    assert load_spec(None, {"LORAJOB_SPEC": ""}).name == "etc"
+
+
+def test_a_spec_is_read_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(GOOD.replace("name: t", "name: piped").encode()))
+    assert load_spec("-", {}).name == "piped"
+
+
+def test_a_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(AccessError, match="standard input is closed"):
+        load_spec("-", {})
+
+
+def test_mistakes_on_standard_input_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(b"\xff"))
+    with pytest.raises(SpecError, match=r"^standard input is no UTF-8 text"):
+        load_spec("-", {})
+
+
+def test_the_environment_alone_is_enough() -> None:
+    spec = load_spec(None, ENOUGH)
+    assert (spec.name, spec.model.base, spec.data.train[0].source) == ("t", "b", "x.jsonl")
+
+
+def test_without_a_spec_anywhere_the_message_says_how_to_give_one() -> None:
+    with pytest.raises(AccessError) as caught:
+        load_spec(None, {})
+    assert "there is no spec at" in caught.value.message
+    assert "LORAJOB_SPEC" in str(caught.value.hint)
+
+
+def test_a_folder_is_no_spec(tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="Is a directory"):
+        load_spec(str(tmp_path), {})
+
+
+def test_a_variable_wins_over_the_file_and_leaves_the_rest(tmp_path: Path) -> None:
+    spec = load(tmp_path, GOOD + "train: {epochs: 3, batch_size: 4}\n", LORAJOB__TRAIN__EPOCHS="5")
+    assert (spec.train.epochs, spec.train.batch_size) == (5, 4)
+
+
+def test_variables_are_numbers_lists_null_and_text_as_in_the_file(tmp_path: Path) -> None:
+    spec = load(
+        tmp_path,
+        GOOD,
+        LORAJOB__TRAIN__LEARNING_RATE="1e-4",
+        LORAJOB__TRAIN__MAX_STEPS="null",
+        LORAJOB__LORA__TARGET="[q_proj, v_proj]",
+        LORAJOB__EXPORT="{gguf: [], merged: null}",
+        LORAJOB__PUBLISH='["a: b"]',
+    )
+    assert spec.train.learning_rate == 1e-4
+    assert spec.train.max_steps is None
+    assert spec.lora.target == ["q_proj", "v_proj"]
+    assert spec.export.merged is None
+    assert spec.publish == ["a: b"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Say: hi",
+        "a # b",
+        "{not yaml",
+        "[Mira] says",
+        '"Hm", she said',
+        "one\ntwo",
+        "=",
+        "@me",
+        "2024-13-45",
+        "*",
+        "é 漢 🦜",
+    ],
+)
+def test_a_variable_keeps_its_text_as_it_is(tmp_path: Path, text: str) -> None:
+    prompts = "verify: {prompts: [{ask: x}, {ask: y}]}\n"
+    spec = load(tmp_path, GOOD + prompts, LORAJOB__VERIFY__PROMPTS__1__ASK=text)
+    assert [prompt.ask for prompt in spec.verify.prompts] == ["x", text]
+
+
+def test_a_quoted_variable_is_the_text_in_the_quotes() -> None:
+    assert load_spec(None, {**ENOUGH, "LORAJOB__MODEL__BASE": "'12'"}).model.base == "12"
+
+
+def test_a_variable_fills_a_section_of_which_only_the_heading_is_there(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD + "train:\n", LORAJOB__TRAIN__EPOCHS="2").train.epochs == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["LORAJOB__VERIFY__PROMPTS__7__ASK", "LORAJOB__NAME__X", "LORAJOB__MODEL__BASE__0"]
+)
+def test_a_variable_that_leads_nowhere_is_named(tmp_path: Path, name: str) -> None:
+    text = GOOD + "verify: {prompts: [{ask: x}]}\n"
+    assert mistakes(tmp_path, text, **{name: "1"}).startswith(f"{name} names no field")
+
+
+def test_a_mistake_in_a_variable_names_the_variable(tmp_path: Path) -> None:
+    said = mistakes(
+        tmp_path, GOOD + "train: {epochs: 1}\n",
+        LORAJOB__TRAIN__EPOCHS="many", LORAJOB__TRAIN__EPOHS="2",
+    )  # fmt: skip
+    assert "got 'many' (LORAJOB__TRAIN__EPOCHS)" in said
+    assert "did you mean train.epochs? (LORAJOB__TRAIN__EPOHS)" in said
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "0.0001", "+1e-4", "100e-6"])
+def test_learning_rates_are_numbers_however_they_are_written(tmp_path: Path, text: str) -> None:
+    spec = load(tmp_path, GOOD + f"train: {{learning_rate: {text}}}\n")
+    assert spec.train.learning_rate == pytest.approx(1e-4)
+
+
+def test_a_date_is_a_text(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD.replace("name: t", "name: 2024-13-45")).name == "2024-13-45"
+
+
+def test_a_key_written_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    said = mistakes(tmp_path, GOOD + "train:\n  epochs: 1\n  epochs: 2\n")
+    assert "spec.yaml, line 8, column 3" in said
+    assert "'epochs' is written twice" in said
+
+
+def test_yaml_merge_keys_may_repeat_a_key(tmp_path: Path) -> None:
+    text = """\
+name: t
+model: {base: b}
+data: {train: x.jsonl}
+verify:
+  prompts:
+    - &first {ask: x, system: s}
+    - &second {<<: *first, ask: y}
+    - {<<: *second, ask: z}
+"""
+    prompts = load(tmp_path, text).verify.prompts
+    assert [(prompt.ask, prompt.system) for prompt in prompts] == [
+        ("x", "s"), ("y", "s"), ("z", "s"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "nearest"),
+    [
+        ("trian: {}\n", "trian", "train"),
+        ("train: {epoch: 2}\n", "train.epoch", "train.epochs"),
+        ("learning_rate: 1\n", "learning_rate", "train.learning_rate"),
+        ("lora: {rnk: 1}\n", "lora.rnk", "lora.rank"),
+        ("verify: {prompts: [{ask: x, expects: y}]}\n", "verify.prompts.0.expects",
+         "verify.prompts.0.expect"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_is_told_with_the_nearest_name(
+    tmp_path: Path, text: str, field: str, nearest: str
+) -> None:
+    said = mistakes(tmp_path, GOOD + text)
+    assert f"{field}: unknown field; did you mean {nearest}? (line 6)" in said
+
+
+def test_an_unknown_field_in_a_source_is_told_with_the_nearest_name(tmp_path: Path) -> None:
+    text = GOOD.replace("train: x.jsonl", "train: [{source: x, formt: auto}]")
+    said = mistakes(tmp_path, text)
+    assert "data.train.0.formt: unknown field; did you mean data.train.0.format? (line 5)" in said
+
+
+def test_an_unknown_field_like_no_other_gets_no_guess(tmp_path: Path) -> None:
+    said = mistakes(tmp_path, GOOD + "zzzz: 1\n")
+    assert "zzzz: unknown field (line 6)" in said
+
+
+def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
+    said = mistakes(
+        tmp_path,
+        "name: Not A Name\nmodel:\n  load_in: 5bit\ntrain:\n  epochs: -1\n  batch: 3\nlora: null\n",
+    )
+    assert "has 7 mistakes" in said
+    told = {line.split(":")[0].strip(): line for line in said.splitlines()[1:]}
+    where = {field: line.rpartition("(")[2].rstrip(")") for field, line in told.items()}
+    assert where.pop("data").endswith("is missing")
+    assert where == {
+        "name": "line 1", "model.base": "line 2", "model.load_in": "line 3", "lora": "line 7",
+        "train.epochs": "line 5", "train.batch": "line 6",
+    }  # fmt: skip
+
+
+def test_a_long_wrong_value_is_shown_in_part(tmp_path: Path) -> None:
+    said = mistakes(tmp_path, GOOD.replace("name: t", f"name: {'A' * 5000}"))
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n", "holds a list, not fields"),
+        ("hello\n", "holds a str, not fields"),
+        ("? [a, b]\n: 1\n", "line 1, column 3: no valid YAML: a field's name is a text"),
+        ("a: [1\nb: 2\n", "line 2"),
+        ("a: 'x\n", "no valid YAML"),
+        ("a: \0\n", "no valid YAML"),
+        ("a: 1\n---\nb: 2\n", "another document"),
+        ("a: !!python/object:os.system x\n", "could not determine a constructor"),
+        ("a: " + "9" * 5000, "line 1, column 4: no valid YAML: Exceeds the limit"),
+        ("[" * 5000, "nested too deep"),
+        ("a: &a [*a]\n", "a: unknown field"),
+        ("a: &a {b: *a}\n", "a: unknown field"),
+        ("", "name: is missing"),
+    ],
+)
+def test_what_is_no_spec_is_told_so(tmp_path: Path, text: str, said: str) -> None:
+    assert said in mistakes(tmp_path, text)
+
+
+def test_binary_junk_is_no_spec(tmp_path: Path) -> None:
+    (tmp_path / "junk").write_bytes(bytes(range(256)))
+    with pytest.raises(SpecError, match="no UTF-8 text"):
+        load_spec(str(tmp_path / "junk"), {})

@@ -1,0 +1,163 @@
+"""What reaches the model, what training changes, and that evaluation leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+
+from jobs.data.labels import IGNORE
+from jobs.data.prepare import Prepared, prepare, save_prepared
+from jobs.data.tokenizer import ChatTokenizer
+from jobs.errors import AccessError, SpecError, VerificationError
+from jobs.observe.events import Observer
+from jobs.spec import Spec
+from jobs.train import loop
+from jobs.train.batches import PadBatch
+from jobs.train.engine import load_hf_tokenizer, load_model, quantized_modules
+from jobs.train.loss import evaluate
+from tests.conftest import BASE, ROOT
+
+DATA = ROOT / "examples" / "demo" / "data"
+
+
+def spec(**train: Any) -> Spec:
+    return Spec.model_validate(
+        {
+            "name": "test",
+            "model": {"base": str(BASE), "max_seq_length": 256},
+            "data": {"train": str(DATA / "persona.jsonl"), "eval": 0.1},
+            "lora": {"rank": 4, **train.pop("lora", {})},
+            "train": {"max_steps": 4, "batch_size": 4, "learning_rate": 1e-3, **train},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    save_prepared(examples(tokenizer), folder)
+    return folder
+
+
+def examples(tokenizer: ChatTokenizer) -> Prepared:
+    return prepare(spec().data, tokenizer, 256, seed=3407)
+
+
+def run(tokenizer: ChatTokenizer, data: Path, out: Path, **train: Any) -> dict[str, Any]:
+    out.mkdir()
+    return loop.train(spec(**train), BASE, tokenizer, data, out, Observer("json"))
+
+
+def test_the_models_forward_gets_exactly_our_labels(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[int], list[int]]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        model = load_model(*args, **kwargs)
+
+        def note(module: Any, args: Any, inputs: dict[str, Any]) -> None:
+            if module.training and "labels" in inputs:
+                for ids, labels, mask in zip(
+                    inputs["input_ids"], inputs["labels"], inputs["attention_mask"], strict=True
+                ):
+                    assert (labels[mask == 0] == IGNORE).all()
+                    seen.append((ids[mask == 1].tolist(), labels[mask == 1].tolist()))
+
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(loop, "load_model", spy)
+    run(tokenizer, prepared, tmp_path / "out")
+    made = {
+        tuple(e.labelled.input_ids): e.labelled.labels
+        for e in [*examples(tokenizer).train, *examples(tokenizer).eval]
+    }
+    assert len(seen) == 16  # 4 steps of 4
+    for ids, labels in seen:
+        assert made[tuple(ids)] == labels
+
+
+def test_evaluation_in_between_changes_nothing(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+) -> None:
+    # bitsandbytes' CPU kernel repacks 4-bit weights at the first evaluation: see engine.py.
+    often = run(tokenizer, prepared, tmp_path / "often", eval_every=1, lora={"dropout": 0.1})
+    once = run(tokenizer, prepared, tmp_path / "once", eval_every=4, lora={"dropout": 0.1})
+    losses = [
+        [entry["loss"] for entry in result["history"] if "loss" in entry]
+        for result in (often, once)
+    ]
+    assert losses[0] == losses[1]
+    weights = [load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in ("often", "once")]  # fmt: skip
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_adapter_is_float32_and_only_on_linear_layers(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+) -> None:
+    result = run(tokenizer, prepared, tmp_path / "out", max_steps=1)
+    weights = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert len(weights) == 2 * 7 * 4  # A and B, seven linear layers, four blocks
+    assert not any("lm_head" in name or "embed" in name for name in weights)
+    assert sum(tensor.numel() for tensor in weights.values()) == result["trainable_parameters"]
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(BASE)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(VerificationError, match="training has diverged: at step 3"):
+        run(tokenizer, prepared, tmp_path / "out", learning_rate=1e30, max_grad_norm=1e30)
+
+
+def test_a_target_that_the_model_does_not_have_is_the_specs_mistake(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=r"lora\.target.*qq_proj"):
+        run(tokenizer, prepared, tmp_path / "out", lora={"target": ["qq_proj"]})
+
+
+def test_each_trained_token_counts_the_same_in_the_evaluation(tokenizer: ChatTokenizer) -> None:
+    model = load_model(BASE, "16bit", "cpu").eval()
+    items: Any = [
+        {"input_ids": e.labelled.input_ids, "labels": e.labelled.labels}
+        for e in examples(tokenizer).train[:5]
+    ]
+    collate = PadBatch(tokenizer.pad_id)
+    whole = evaluate(model, [collate(items)], torch.device("cpu"))
+    parts = evaluate(model, [collate(items[:1]), collate(items[1:])], torch.device("cpu"))
+    batch = collate(items)
+    with torch.no_grad():
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert whole[1] == parts[1] == sum(value != IGNORE for i in items for value in i["labels"])
+    assert whole[0] == pytest.approx(expected.item(), rel=1e-5)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+
+
+def test_every_linear_layer_but_the_head_is_held_in_4_bit() -> None:
+    names = quantized_modules(load_model(BASE, "4bit", "cpu"))
+    assert len(names) == 28
+    assert names[0] == "model.layers.0.mlp.down_proj"
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(
+    tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    for path in BASE.glob("*token*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_bytes((BASE / "config.json").read_bytes())
+    changed = json.loads((tmp_path / "tokenizer.json").read_text())
+    changed["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    with pytest.raises(AccessError, match="transformers reads the tokenizer"):
+        load_hf_tokenizer(tmp_path, tokenizer)
