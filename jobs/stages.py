@@ -130,12 +130,18 @@ def _told(error: Exception, building: Path) -> LorajobError | None:
 
 
 def write_whole(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON so that the file is either the old one or the whole new one.
+
+    Raises DoesNotFitError where the disk is full, AccessError where it cannot be written.
+    """
     partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from None

@@ -68,10 +68,12 @@ def _turns(
         if not isinstance(turn, dict):
             raise BadRow(f"turn {number} is a {type(turn).__name__}, not an object")
         role, text = turn.get(role_key), turn.get(text_key)
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise BadRow(f"turn {number} has the {role_key} {role!r}, known are {', '.join(roles)}")
         if not isinstance(text, str):
             raise BadRow(f"turn {number} has no text in `{text_key}`")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BadRow(f"turn {number} holds half a surrogate pair, which is no character")
         if roles[role] == "assistant" and not text.strip():
             raise BadRow(f"turn {number} is an empty answer")
         messages.append({"role": roles[role], "content": text})

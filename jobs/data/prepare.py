@@ -96,6 +96,7 @@ def _examples(
 ) -> list[Example]:
     examples: list[Example] = []
     bad: list[str] = []
+    reasons: set[str] = set()
     for source in sources:
         record_format = source.format
         for row in read_rows(source.source):
@@ -108,6 +109,7 @@ def _examples(
                 labelled = label(tokenizer, messages, loss_on)
             except BadRow as reason:
                 bad.append(f"{row.place}: {reason}")
+                reasons.add(str(reason))
             else:
                 if len(labelled.input_ids) > max_seq_length:
                     # Never truncated: a row cut short would lose its end-of-turn token.
@@ -118,6 +120,8 @@ def _examples(
         counts.formats[source.source] = record_format
     if bad:
         rows = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
+        if len(bad) == counts.rows and len(reasons) == 1:  # the template's fault, not the rows'
+            bad = [f"all of them: {reasons.pop()}"]
         raise DataError(
             f"{rows} of {counts.rows} cannot be used:\n{bullet_list(bad)}", "mend or remove them"
         )

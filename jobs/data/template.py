@@ -72,5 +72,5 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of its own
             raise BadRow(f"the chat template refuses it: {error}") from None

@@ -59,6 +59,7 @@ def load_tokenizer(folder: Path, chat_template: str = "auto") -> ChatTokenizer:
     stops = _stop_ids(folder)
     if eos and (eos_id := backend.token_to_id(eos)) is not None:
         stops.add(eos_id)
+    stops = {token for token in stops if backend.id_to_token(token) is not None}
     if not stops:
         raise AccessError(
             f"{folder} names no end-of-sequence token, so an answer could never stop",
@@ -78,7 +79,9 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AccessError(f"{path} cannot be read: {error}", "fetch the base model again") from None
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise AccessError(f"{path} holds no object", "fetch the base model again")
+    return value
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -105,7 +108,7 @@ def _template_source(folder: Path, config: dict[str, Any], chosen: str) -> tuple
             ) from None
     source = config.get("chat_template")
     if isinstance(source, list):  # several named ones
-        named = {item.get("name"): item.get("template") for item in source}
+        named = {i.get("name"): i.get("template") for i in source if isinstance(i, dict)}
         source = named.get("default")
     if not isinstance(source, str):
         raise AccessError(
@@ -120,5 +123,6 @@ def _stop_ids(folder: Path) -> set[int]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         eos = _json(folder / name).get("eos_token_id")
-        found |= set(eos) if isinstance(eos, list) else {eos} if isinstance(eos, int) else set()
+        values = eos if isinstance(eos, list) else [eos]
+        found |= {value for value in values if isinstance(value, int)}
     return found

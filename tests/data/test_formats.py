@@ -51,3 +51,14 @@ def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
 def test_a_row_that_trains_nothing_or_is_unclear_is_refused(record: Any, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
         to_messages(record, "messages")
+
+
+@pytest.mark.parametrize("role", [["user"], {"a": 1}, None, 7])
+def test_a_role_that_is_no_text_is_refused(role: Any) -> None:
+    with pytest.raises(BadRow, match="turn 1 has the role"):
+        to_messages(turns((role, "U"), ("assistant", "A")), "messages")
+
+
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(BadRow, match="turn 2 holds half a surrogate pair"):
+        to_messages(turns(("user", "U"), ("assistant", "\ud83d")), "messages")
