@@ -9,6 +9,7 @@ Nothing here touches the network, the disk or torch: a wrong spec is answered at
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
@@ -44,16 +45,34 @@ class Model(Section):
     load_in: Literal["4bit", "16bit"] = "4bit"
     """How the frozen base is held while training: NF4 with double quantization, or 16 bit."""
     max_seq_length: Annotated[Int, Field(ge=16)] = 2048
-    """Longest conversation in tokens; a longer one is dropped, counted and shown."""
+    """Longest conversation in tokens; `data.too_long` says what becomes of a longer one."""
     chat_template: Place = "auto"
-    """`auto` for the tokenizer's own chat template, or the path of a .jinja file."""
+    """`auto` for the tokenizer's own chat template; or a family's name (chatml, llama-3, llama-3.1,
+    gemma, mistral, phi-3, phi-4, alpaca, vicuna, zephyr); or the path of a .jinja file; or a prompt
+    format with {instruction} or {input}, {output}, and {system} where wanted."""
+    template_date: date | None = None
+    """The day that a template which writes today's date writes instead; 2025-01-01 where unset."""
+
+
+RecordFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 
 class Source(Section):
     source: Place
-    """A .jsonl or .json file."""
-    format: Literal["auto", "messages", "sharegpt"] = "auto"
-    """The records' format; `auto` looks at the first record."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also as .gz or .zst), a folder of
+    such files, or a glob."""
+    format: Literal["auto"] | RecordFormat = "auto"
+    """The records' format; `auto` looks at the first record's fields."""
+    columns: dict[str, str] = {}
+    """Names of this source's fields, where they are not the format's own: `output: answer` takes
+    `output` from the field `answer`."""
+    limit: Annotated[Int, Field(ge=1)] | None = None
+    """Use only the first so many records."""
+    weight: Annotated[Float, Field(gt=0)] = 1.0
+    """How often each conversation of this source is trained in an epoch: 2 is twice, 0.5 half of
+    them. Never applied to evaluation."""
+    split: str | None = None
+    """Of a folder, use only files that are named after this split: train, test, ..."""
 
 
 def _as_list(value: Any) -> Any:
@@ -84,6 +103,12 @@ class Data(Section):
     """The share of the conversations held out for evaluation, or sources of their own."""
     loss_on: Literal["responses", "last_response", "all"] = "responses"
     """What is trained: every assistant turn with its end-of-turn token, only the last, or all."""
+    too_long: Literal["drop", "truncate", "fail"] = "drop"
+    """What becomes of a conversation longer than `model.max_seq_length`: left out; cut after its
+    last whole answer that fits; or the run ends. An answer is never cut."""
+    skip_bad_rows: Annotated[Float, Field(ge=0, lt=1)] = 0.0
+    """The share of rows that may be unusable and are left out; more of them end the run. With 0
+    every unusable row does."""
 
 
 class Lora(Section):
@@ -105,7 +130,9 @@ class Train(Section):
     max_steps: Annotated[Int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps."""
     batch_size: Annotated[Int, Field(ge=1)] = 8
-    """Conversations in one optimizer step."""
+    """Conversations in one optimizer step; with `packing`, filled rows."""
+    packing: bool = False
+    """Fill rows of `max_seq_length` tokens with whole conversations, which do not see each other."""
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
     """The highest learning rate, reached after the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
