@@ -1,139 +1,139 @@
-"""The labels: which tokens are trained. The heart of lorajob.
+"""The labels: which tokens are trained.
 
-For every trained turn exactly its content and its end-of-turn token are trained: no header, no
-other role, no newline after. Where that cannot be known exactly the row is refused.
-
-How it is known, for any template: the conversation is rendered twice, once as it is and once with
-a placeholder in place of each assistant text. The second rendering, cut at the placeholders, is
-what the template itself writes around the answers; put together with the answers again it must
-give the first rendering, character for character. If it does, the answers' places are proven. If
-not (a template that rewrites or drops an answer), there is no exact place, and the row is refused.
+For every trained turn exactly what the model has to write and its end-of-turn token are trained: no
+header, no other role, no newline after. Where that cannot be known exactly the row is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jobs.data.formats import BadRow, Message
+from jobs.data.conversation import BadRow, Conversation
 from jobs.data.tokenizer import ChatTokenizer
+from jobs.data.turns import Answer
 
 IGNORE = -100  # torch's cross_entropy leaves out this label
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """A trained turn: tokens [start, end) are its content and its end-of-turn token."""
+    """A trained turn: tokens [start, end) are what the model writes and its end-of-turn token.
+
+    `text` is what that is in the rendered text.
+    """
 
     start: int
     end: int
+    text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Labelled:
     text: str
     input_ids: list[int]
-    labels: list[int]  # input_ids where trained, IGNORE elsewhere; not shifted
-    turns: list[Turn]
+    turns: list[Turn]  # only those that are trained
+
+    @property
+    def spans(self) -> list[int]:
+        """The trained turns as [start, end, start, end, ...]."""
+        return [edge for turn in self.turns for edge in (turn.start, turn.end)]
+
+    @property
+    def labels(self) -> list[int]:
+        """`input_ids` where trained, IGNORE elsewhere; not shifted."""
+        return labels_of(self.input_ids, self.spans)
 
 
-def label(tokenizer: ChatTokenizer, messages: list[Message], loss_on: str) -> Labelled:
+def labels_of(input_ids: list[int], spans: Sequence[int]) -> list[int]:
+    """Labels from the trained spans, [start, end, start, end, ...] in tokens."""
+    labels = [IGNORE] * len(input_ids)
+    for start, end in zip(spans[::2], spans[1::2], strict=True):
+        labels[start:end] = input_ids[start:end]
+    return labels
+
+
+def label(tokenizer: ChatTokenizer, conversation: Conversation, loss_on: str) -> Labelled:
     """Render, tokenize and label a conversation. Raises BadRow where no exact labels exist.
 
-    `loss_on`: `responses` trains every assistant turn, `last_response` the last one, `all` every
-    token; with `all` too each answer must have its end-of-turn token, or the model never stops.
+    `loss_on`: `responses` trains every assistant turn but those of weight 0, `last_response` the
+    last of them, `all` every token; with `all` too each answer must have its end-of-turn token, or
+    the model never stops.
     """
-    text = tokenizer.template.render(messages)
-    places = answer_places(tokenizer, messages, text)
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
-    ids = list(encoding.ids)
-    turns = [_turn(tokenizer, ids, encoding.offsets, text, place) for place in places]
-    if loss_on == "all":
-        return Labelled(text, ids, list(ids), [Turn(0, len(ids))])
+    if conversation.text is not None:
+        return _plain(tokenizer, conversation.text)
+    text, answers = tokenizer.turns.find(conversation.messages, conversation.tools)
+    trained = [answer for answer in answers if answer.message not in conversation.untrained]
     if loss_on == "last_response":
-        turns = turns[-1:]
-    labels = [IGNORE] * len(ids)
-    for turn in turns:
-        labels[turn.start : turn.end] = ids[turn.start : turn.end]
-    return Labelled(text, ids, labels, turns)
+        trained = trained[-1:]
+    ids, turns = _tokens(tokenizer, text, trained)
+    bos = tokenizer.bos_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise BadRow("the chat template and the text both write the beginning-of-sequence token")
+    if loss_on == "all":
+        turns = [Turn(0, len(ids), text)]
+    return Labelled(text, ids, turns)
 
 
-def answer_places(
-    tokenizer: ChatTokenizer, messages: list[Message], text: str
-) -> list[tuple[int, int]]:
-    """The [start, end) of each assistant text in the rendered `text`, in characters."""
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    stem = "\ue000answer"  # a private-use character: no text to be trained holds this
-    while any(stem in message["content"] for message in messages):
-        stem += "\ue000"
-    marks = [f"{stem}{number}\ue001" for number in range(len(answers))]
-    waiting = iter(marks)
-    masked = [
-        {**message, "content": next(waiting)} if message["role"] == "assistant" else message
-        for message in messages
-    ]
-    skeleton = tokenizer.template.render(masked)
-    around: list[str] = []
-    for mark in marks:
-        before, found, skeleton = skeleton.partition(mark)
-        if not found or mark in skeleton:
-            raise BadRow("the chat template leaves out or repeats an assistant turn")
-        around.append(before)
-    found_places = _fit(text, around, skeleton, answers)
-    if len(found_places) != 1:
-        raise BadRow(
-            "the chat template rewrites an assistant turn, so its exact place is not known"
-        )
-    return found_places[0]
+def _plain(tokenizer: ChatTokenizer, text: str) -> Labelled:
+    """A plain text, trained as a whole, with the tokens around it that the tokenizer puts there."""
+    ids = list(tokenizer.backend.encode(text).ids)
+    start = 1 if tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id] else 0
+    if not ids or ids[-1] not in tokenizer.stop_ids:
+        ids.append(tokenizer.eos_id)
+    return Labelled(text, ids, [Turn(start, len(ids), text)])
 
 
-def _fit(
-    text: str, around: list[str], rest: str, answers: list[str]
-) -> list[list[tuple[int, int]]]:
-    """All ways in which around[0] + answer 0 + around[1] + ... + rest is `text`.
+def _tokens(
+    tokenizer: ChatTokenizer, text: str, answers: list[Answer]
+) -> tuple[list[int], list[Turn]]:
+    """The text's tokens and the turns in them.
 
-    Templates may trim an answer, so each may stand as it is or trimmed.
+    An answer must begin with a token. Where the header's last characters and the answer's first
+    ones are one token, the text is tokenized in two pieces at that place, as it is when a server
+    tokenizes the prompt and the model goes on from it.
     """
-    ways: list[list[tuple[int, int]]] = [[]]
-    for before, answer in zip(around, answers, strict=True):
-        longer = []
-        for way in ways:
-            at = way[-1][1] if way else 0
-            if text.startswith(before, at):
-                start = at + len(before)
-                for form in {answer, answer.strip(), answer.lstrip(), answer.rstrip()}:
-                    if text.startswith(form, start):
-                        longer.append([*way, (start, start + len(form))])
-        ways = longer
-    return [way for way in ways if text[way[-1][1] :] == rest]
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    turns = []
+    for answer in answers:
+        start = encoding.char_to_token(answer.start)
+        last = encoding.char_to_token(answer.end - 1)
+        if start is None or last is None:
+            raise BadRow("the tokenizer drops characters of an assistant turn")
+        begins = encoding.token_to_chars(start)[0]
+        if begins != answer.start:
+            if text[begins : answer.start].strip():
+                return _in_pieces(tokenizer, text, answers)
+            # The token of the first word has the template's space in it (" Hello"): the model
+            # writes both at once.
+        end = last + 1
+        if encoding.token_to_chars(last)[1] != answer.end:
+            raise BadRow("an end-of-turn token goes on into the text after it")
+        turns.append(Turn(start, end, text[answer.start : answer.end]))
+    ids = list(encoding.ids)
+    for turn in turns:
+        if any(ids[i] in tokenizer.stop_ids for i in range(turn.start, turn.end - 1)):
+            raise BadRow("an assistant turn holds the end-of-turn token in its own text")
+    return ids, turns
 
 
-def _turn(
-    tokenizer: ChatTokenizer,
-    ids: list[int],
-    offsets: list[tuple[int, int]],
-    text: str,
-    place: tuple[int, int],
-) -> Turn:
-    """The tokens of an answer and of what ends it."""
-    start_char, end_char = place
-    start = next((i for i, span in enumerate(offsets) if span[1] > start_char), len(ids))
-    if start == len(ids) or offsets[start][0] != start_char:
+def _in_pieces(
+    tokenizer: ChatTokenizer, text: str, answers: list[Answer]
+) -> tuple[list[int], list[Turn]]:
+    ids: list[int] = []
+    turns: list[Turn] = []
+    at = 0
+    for answer in answers:
+        ids += _piece(tokenizer, text[at : answer.start])
+        own = _piece(tokenizer, text[answer.start : answer.end])
+        turns.append(Turn(len(ids), len(ids) + len(own), text[answer.start : answer.end]))
+        ids += own
+        at = answer.end
+    return ids + _piece(tokenizer, text[at:]), turns
+
+
+def _piece(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    ids = tokenizer.ids_of(text)
+    if ids and tokenizer.text_of(ids) != text:
         raise BadRow("an assistant turn begins in the middle of a token")
-    end = start
-    while end < len(ids) and offsets[end][0] < end_char:
-        end += 1
-    if offsets[end - 1][1] != end_char:
-        raise BadRow("an assistant turn ends in the middle of a token")
-    # Some templates write a space before the end-of-turn token (Llama 2's do). It has to be
-    # trained with it, or the model never gets from the last word to the end.
-    stop = end
-    while stop < len(ids) and ids[stop] not in tokenizer.stop_ids:
-        if text[offsets[stop][0] : offsets[stop][1]].strip():
-            break
-        stop += 1
-    if stop == len(ids) or ids[stop] not in tokenizer.stop_ids:
-        raise BadRow(
-            "the chat template writes no end-of-turn token after an assistant turn, so the model "
-            "would never learn to stop"
-        )
-    return Turn(start, stop + 1)
+    return ids

@@ -7,7 +7,8 @@ which takes seconds. That both render alike is tested.
 from __future__ import annotations
 
 import json
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import date, datetime, time
 from typing import Any, NoReturn
 
 import jinja2
@@ -16,8 +17,12 @@ from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from jobs.data.formats import BadRow
+from jobs.data.conversation import BadRow, Message
 from jobs.errors import DataError
+
+# A template that writes today's date would train another text every day: it writes this one, or
+# the spec's `model.template_date`.
+DEFAULT_DATE = date(2025, 1, 1)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -42,9 +47,16 @@ def _to_json(value: Any, **options: Any) -> str:
 class ChatTemplate:
     """A compiled chat template with the special tokens that it may name."""
 
-    def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        special_tokens: dict[str, str],
+        name: str,
+        today: date = DEFAULT_DATE,
+    ) -> None:
         self.source = source
         self.name = name
+        self.today = today
         self._special_tokens = special_tokens
         env = ImmutableSandboxedEnvironment(
             trim_blocks=True,
@@ -53,7 +65,7 @@ class ChatTemplate:
         )
         env.filters["tojson"] = _to_json
         env.globals["raise_exception"] = _raise
-        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        env.globals["strftime_now"] = datetime.combine(today, time()).strftime
         try:
             self._template = env.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -62,14 +74,23 @@ class ChatTemplate:
                 "mend it, or set model.chat_template",
             ) from None
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    @property
+    def writes_today(self) -> bool:
+        return "strftime_now" in self.source
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] = (),
+        add_generation_prompt: bool = False,
+    ) -> str:
         """The conversation as text; BadRow where the template does not take it."""
         try:
             return self._template.render(
                 messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
+                add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
         except Exception as error:  # a template is a program of its own

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from jobs.data.template import ChatTemplate
+from jobs.data.template import DEFAULT_DATE, ChatTemplate
+from jobs.data.turns import TurnFinder
 from jobs.errors import AccessError
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -25,8 +28,46 @@ class ChatTokenizer:
     backend: Tokenizer
     template: ChatTemplate
     special_tokens: dict[str, str]
-    stop_ids: frozenset[int]  # any of these ends an answer
-    pad_id: int
+    file_stop_ids: frozenset[int]  # what the model's files say ends an answer
+
+    @cached_property
+    def turns(self) -> TurnFinder:
+        special = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        stops = {self.backend.id_to_token(token) for token in self.file_stop_ids}
+        return TurnFinder(self.template, sorted(special), sorted(stops))
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Any of these ends an answer: the files' and those that the template writes."""
+        return self.file_stop_ids | {
+            self.backend.token_to_id(text) for text in self.turns.end_tokens
+        }
+
+    @cached_property
+    def eos_id(self) -> int:
+        """The token that ends an answer: the template's, else the files'."""
+        text = self.turns.last_end or self.special_tokens.get("eos_token")
+        found = self.backend.token_to_id(text) if text else None
+        return found if found is not None else min(self.stop_ids)
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Padding: never a token that ends an answer. It is masked, so any other one serves."""
+        named = [
+            self.backend.token_to_id(token.content)
+            for token in self.backend.get_added_tokens_decoder().values()
+            if "pad" in token.content.lower()
+        ]
+        candidates = [self._id("pad_token"), *named, self._id("unk_token"), 0, 1, 2]
+        return next(i for i in candidates if i is not None and i not in self.stop_ids)
+
+    def _id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return self.backend.token_to_id(text) if text else None
 
     def text_of(self, ids: list[int]) -> str:
         return str(self.backend.decode(ids, skip_special_tokens=False))
@@ -35,8 +76,10 @@ class ChatTokenizer:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
 
-def load_tokenizer(folder: Path, chat_template: str = "auto") -> ChatTokenizer:
-    """The tokenizer in `folder`, with its own chat template or the one in a .jinja file.
+def load_tokenizer(
+    folder: Path, chat_template: str = "auto", today: date | None = None
+) -> ChatTokenizer:
+    """The tokenizer in `folder`, with the chat template that the spec chooses.
 
     Raises AccessError where a file is missing or says nothing usable.
     """
@@ -54,7 +97,6 @@ def load_tokenizer(folder: Path, chat_template: str = "auto") -> ChatTokenizer:
         ) from None
     config = _json(folder / "tokenizer_config.json")
     special = _special_tokens(_json(folder / "special_tokens_map.json") | config)
-    source, name = _template_source(folder, config, chat_template)
     eos = special.get("eos_token")
     stops = _stop_ids(folder)
     if eos and (eos_id := backend.token_to_id(eos)) is not None:
@@ -65,11 +107,9 @@ def load_tokenizer(folder: Path, chat_template: str = "auto") -> ChatTokenizer:
             f"{folder} names no end-of-sequence token, so an answer could never stop",
             "set eos_token in its tokenizer_config.json",
         )
-    pad = backend.token_to_id(special["pad_token"]) if "pad_token" in special else None
-    # Padding is masked and never trained, so any id serves; 0 exists in every vocabulary.
-    return ChatTokenizer(
-        backend, ChatTemplate(source, special, name), special, frozenset(stops), pad or 0
-    )
+    source, name = _template_source(folder, config, chat_template)
+    template = ChatTemplate(source, special, name, today or DEFAULT_DATE)
+    return ChatTokenizer(backend, template, special, frozenset(stops))
 
 
 def _json(path: Path) -> dict[str, Any]:

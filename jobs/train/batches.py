@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 
@@ -14,20 +14,29 @@ MULTIPLE = 8
 
 
 class Item(TypedDict):
+    """A conversation, or a packed row of several laid end to end: then `seq_lengths` are theirs.
+
+    The name is TRL's: its trainer keeps that column, even with `remove_unused_columns`.
+    """
+
     input_ids: list[int]
     labels: list[int]
+    seq_lengths: NotRequired[list[int]]
 
 
 @dataclass(frozen=True)
 class PadBatch:
     """Pads a list of examples on the right to one length; padding is masked and never trained.
 
+    Each example is one conversation: a packed row is for FlatBatch, and a ValueError here.
     Returns int64 tensors input_ids, attention_mask and labels of shape (examples, length).
     """
 
     pad_id: int
 
     def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
+        if any("seq_lengths" in item for item in items):
+            raise ValueError("packed rows cannot be padded: their conversations would not be apart")
         longest = max(len(item["input_ids"]) for item in items)
         length = -(-longest // MULTIPLE) * MULTIPLE
         shape = (len(items), length)
@@ -40,3 +49,36 @@ class PadBatch:
             labels[row, :size] = torch.tensor(item["labels"])
             attention_mask[row, :size] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class FlatBatch:
+    """Lays conversations end to end in one row, with no padding; packed rows may be among them.
+
+    Returns int64 tensors of shape (1, total tokens): input_ids; position_ids, which begin at 0 with
+    each conversation; labels, in which each conversation's first token is IGNORE, because what
+    would predict it is the end of the conversation before.
+
+    The position_ids are what keeps conversations apart: from them transformers makes a mask in
+    which no token sees another conversation. It does so only without an attention_mask and without
+    a cache, and FlashAttention only for a single row; so there is no mask here, and one row.
+    """
+
+    def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
+        positions = []
+        for item in items:
+            lengths = item.get("seq_lengths", [len(item["input_ids"])])
+            if not sum(lengths) == len(item["input_ids"]) == len(item["labels"]):
+                raise ValueError(
+                    f"a row of {len(item['input_ids'])} tokens and {len(item['labels'])} labels "
+                    f"cannot hold conversations of {lengths}"
+                )
+            positions += [torch.arange(length) for length in lengths]
+        position_ids = torch.cat(positions)
+        labels = torch.tensor([label for item in items for label in item["labels"]])
+        labels[position_ids == 0] = IGNORE
+        input_ids = torch.tensor([token for item in items for token in item["input_ids"]])
+        return {
+            "input_ids": input_ids[None],
+            "position_ids": position_ids[None],
+            "labels": labels[None],
+        }

@@ -15,11 +15,12 @@ def trained_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits that predict each trained token, and those tokens: (tokens, vocab) and (tokens,).
 
-    The logits are float32. The token at position t is predicted at t - 1.
+    `batch` is as PadBatch or FlatBatch made it. The logits are float32. The token at position t is
+    predicted at t - 1.
     """
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    # With a cache transformers does not keep a FlatBatch's conversations apart.
+    logits = model(**inputs, use_cache=False).logits
     targets = batch["labels"][:, 1:]
     trained = targets != IGNORE
     return logits[:, :-1][trained].float(), targets[trained]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.data.formats import BadRow, Message
+from jobs.data.conversation import BadRow, Conversation, Message
 from jobs.data.labels import IGNORE, label
 from jobs.data.template import ChatTemplate
 from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -23,7 +23,7 @@ def with_template(source: str) -> ChatTokenizer:
 
 
 def trained_texts(tokenizer: ChatTokenizer, messages: list[Message], **kwargs: str) -> list[str]:
-    labelled = label(tokenizer, messages, kwargs.get("loss_on", "responses"))
+    labelled = label(tokenizer, Conversation(tuple(messages)), kwargs.get("loss_on", "responses"))
     spans = []
     for turn in labelled.turns:
         ids = labelled.input_ids[turn.start : turn.end]
@@ -73,7 +73,7 @@ def test_last_response_trains_only_the_last() -> None:
 
 
 def test_all_trains_every_token() -> None:
-    labelled = label(CHATML, chat("Hi.", "Hello!"), "all")
+    labelled = label(CHATML, Conversation(tuple(chat("Hi.", "Hello!"))), "all")
     assert labelled.labels == labelled.input_ids
 
 
@@ -111,11 +111,7 @@ def test_a_template_that_is_not_prefix_preserving_is_labelled_exactly() -> None:
     ("source", "reason"),
     [
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "learn to stop"),
-        (
-            "{% for m in messages %}<|im_start|>{{ m.content.split('</think>')[-1] }}<|im_end|>"
-            "{% endfor %}",
-            "rewrites an assistant turn",
-        ),
+        ("{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}", "rewrites a turn"),
         ("{{ messages[0].content }}<|im_end|>", "leaves out or repeats"),
         ("{% for m in messages %}{{ m.content * 2 }}<|im_end|>{% endfor %}", "leaves out or repeats"),
         ("{{ raise_exception('no tools here') }}", "no tools here"),
@@ -124,11 +120,15 @@ def test_a_template_that_is_not_prefix_preserving_is_labelled_exactly() -> None:
 )  # fmt: skip
 def test_what_has_no_exact_labels_is_refused_with_the_reason(source: str, reason: str) -> None:
     with pytest.raises(BadRow, match=reason):
-        label(with_template(source), chat("Hi.", "<think>hm</think>Hello!"), "responses")
+        label(
+            with_template(source),
+            Conversation(tuple(chat("Hi.", "<think>hm</think>Hello!"))),
+            "responses",
+        )
 
 
 def test_every_token_of_a_batch_but_the_answers_is_ignored() -> None:
-    labelled = label(CHATML, chat("system:S", "U", "A"), "responses")
+    labelled = label(CHATML, Conversation(tuple(chat("system:S", "U", "A"))), "responses")
     text = CHATML.text_of([i for i, v in zip(labelled.input_ids, labelled.labels, strict=True) if v == IGNORE])  # fmt: skip
     assert (
         text
@@ -149,7 +149,7 @@ MESSAGES = st.lists(
 @given(MESSAGES)
 def test_any_conversation_is_labelled_exactly_or_refused(messages: list[Message]) -> None:
     try:
-        labelled = label(CHATML, messages, "responses")
+        labelled = label(CHATML, Conversation(tuple(messages)), "responses")
     except BadRow:
         return
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
