@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jobs.data.conversation import BadRow, Conversation
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.data.turns import Answer
+from jobs.data.skeleton import Answer
 
 IGNORE = -100  # torch's cross_entropy leaves out this label
 

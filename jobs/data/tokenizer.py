@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from jobs.data.template import DEFAULT_DATE, ChatTemplate
-from jobs.data.turns import TurnFinder
+from jobs.data.skeleton import TurnFinder
 from jobs.errors import AccessError
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
