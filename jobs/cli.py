@@ -121,6 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--format", choices=("text", "json"), default="text", help="for people, or for scripts"
     )
+    check.add_argument(
+        "--rows", type=int, default=1, metavar="N",
+        help="show the first N rows as they are trained (default: 1)",
+    )  # fmt: skip
     return parser
 
 
@@ -180,11 +184,14 @@ def _check(arguments: argparse.Namespace) -> int:
     from jobs.spec_source import load_spec
 
     spec = load_spec(arguments.spec)
-    from jobs.preflight import check
+    from jobs.check import check
+    from jobs.observe.events import Observer
 
-    found = check(spec, arguments.work / spec.name)
+    # What goes on is told on standard error: standard output has the findings alone.
+    with Observer("auto", sys.stderr, quiet=True) as observer:
+        found = check(spec, arguments.work / spec.name, arguments.rows, observer)
     if arguments.format == "json":
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(found, ensure_ascii=False))
     else:
         from jobs.observe.check_text import print_check
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs.base_model import BaseModel, open_base
-from jobs.data.prepare import Advance, Prepared, prepare
-from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
+from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DoesNotFitError
 from jobs.export.llama.build import find_tools, require_compiler
 from jobs.spec import Spec
@@ -27,6 +25,7 @@ GGUF_BITS = {
 @dataclass(frozen=True)
 class Ready:
     base: BaseModel
+    tokenizer_files: TokenizerFiles
     tokenizer: ChatTokenizer
     targets: list[Store]
 
@@ -35,13 +34,14 @@ def preflight(spec: Spec, folder: Path) -> Ready:
     """Prove that base, tokenizer, tools, disk and every target are there. Raises what is wrong."""
     targets = [open_store(url) for url in spec.publish]
     base = open_base(spec.model.base)
-    tokenizer = load_tokenizer(base.folder, spec.model.chat_template)
+    files = TokenizerFiles(base.folder, spec.model.chat_template, spec.model.template_date)
+    tokenizer = files.load()
     if spec.export.gguf and find_tools() is None:
         require_compiler()
     for store in (LocalStore(folder), *targets):
         store.prove_writable()
     _require_disk(disk_bytes(spec, base), folder)
-    return Ready(base, tokenizer, targets)
+    return Ready(base, files, tokenizer, targets)
 
 
 def disk_bytes(spec: Spec, base: BaseModel) -> int:
@@ -64,38 +64,3 @@ def _require_disk(need: int, folder: Path) -> None:
             "are free",
             "free some, use a larger disk (--work), or make fewer GGUF types",
         )
-
-
-def check(spec: Spec, folder: Path, advance: Advance = lambda rows: None) -> dict[str, Any]:
-    """`preflight`, then the data read and labelled; returns what is worth knowing."""
-    ready = preflight(spec, folder)
-    prepared = prepare(
-        spec.data, ready.tokenizer, spec.model.max_seq_length, spec.train.seed, advance
-    )
-    return {
-        "name": spec.name,
-        "base": {
-            "source": ready.base.source,
-            "architecture": ready.base.config["architectures"][0],
-            "weight_bytes": ready.base.weight_bytes(),
-            "chat_template": ready.tokenizer.template.name,
-        },
-        "data": prepared.summary(),
-        "first_row": _spans(prepared, ready.tokenizer),
-        "disk_bytes": disk_bytes(spec, ready.base),
-        "llama_cpp": "built" if find_tools() else "built on first use",
-        "publish": [store.url for store in ready.targets],
-    }
-
-
-def _spans(prepared: Prepared, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
-    """The first conversation as pieces of text, each trained or not."""
-    labelled = prepared.train[0].labelled
-    pieces = []
-    at = 0
-    for turn in labelled.turns:
-        pieces.append((False, labelled.input_ids[at : turn.start]))
-        pieces.append((True, labelled.input_ids[turn.start : turn.end]))
-        at = turn.end
-    pieces.append((False, labelled.input_ids[at:]))
-    return [{"trained": trained, "text": tokenizer.text_of(ids)} for trained, ids in pieces if ids]

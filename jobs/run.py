@@ -14,12 +14,13 @@ from typing import Any
 
 from jobs import __version__
 from jobs.base_model import copy_tokenizer
-from jobs.data.prepare import prepare, save_prepared
+from jobs.data.prepare import Recipe, prepare
+from jobs.data.read import source_files
 from jobs.errors import VerificationError, bullet_list
 from jobs.observe.answers_table import write_answers
 from jobs.observe.events import Observer
 from jobs.preflight import Ready, preflight
-from jobs.spec import Source, Spec
+from jobs.spec import Spec
 from jobs.stages import Done, Stages, write_whole
 from jobs.store import manifest
 from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
@@ -39,7 +40,7 @@ def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
     threads = settle_threads()
     stages = Stages(folder, observer)
 
-    data = _data(spec, ready, stages)
+    data = data_stage(spec, ready, stages)
     trained = _train(spec, ready, stages, data, threads)
     done = {"data": data, "train": trained, "adapter": _adapter(ready, stages, trained)}
     if spec.export.merged:
@@ -63,31 +64,30 @@ def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
     return contents
 
 
-def _data(spec: Spec, ready: Ready, stages: Stages) -> Done:
+def data_stage(spec: Spec, ready: Ready, stages: Stages) -> Done:
     def work(out: Path) -> dict[str, Any]:
+        recipe = Recipe(
+            tokenizer=ready.tokenizer_files,
+            loss_on=spec.data.loss_on,
+            max_seq_length=spec.model.max_seq_length,
+            too_long=spec.data.too_long,
+            seed=spec.train.seed,
+        )
         with stages.observer.ticker("reading data") as ticker:
-            prepared = prepare(
-                spec.data,
-                ready.tokenizer,
-                spec.model.max_seq_length,
-                spec.train.seed,
-                ticker.advance,
-            )
-        save_prepared(prepared, out)
-        if prepared.counts.too_long:
-            stages.observer.event(
-                "warning",
-                text=f"{prepared.counts.too_long} of {prepared.counts.rows} conversations are longer "
-                f"than {spec.model.max_seq_length} tokens and are left out",
-            )
-        return prepared.summary()
+            summary = prepare(spec.data, recipe, out, ready.tokenizer, ticker.advance)
+        for text in data_warnings(summary, spec):
+            stages.observer.event("warning", text=text)
+        return summary
 
     sources = [*spec.data.train, *(spec.data.eval if isinstance(spec.data.eval, list) else [])]
     inputs = {
         "data": spec.data.model_dump(mode="json"),
-        "files": [_file_key(source) for source in sources],
+        "files": [
+            [str(path), sha256_of(path)] for source in sources for path in source_files(source)
+        ],
         "tokenizer": sha256_of(ready.base.folder / "tokenizer.json"),
         "template": ready.tokenizer.template.source,
+        "date": str(ready.tokenizer.template.today),
         "special_tokens": ready.tokenizer.special_tokens,
         "stop_ids": sorted(ready.tokenizer.stop_ids),
         "max_seq_length": spec.model.max_seq_length,
@@ -101,9 +101,18 @@ def _data(spec: Spec, ready: Ready, stages: Stages) -> Done:
     )  # fmt: skip
 
 
-def _file_key(source: Source) -> str:
-    path = Path(source.source)
-    return sha256_of(path) if path.is_file() else "missing"  # reading it says so
+def data_warnings(summary: dict[str, Any], spec: Spec) -> list[str]:
+    """What a person should know about the data, though it does not stop the run."""
+    rows, limit = summary["rows"], spec.model.max_seq_length
+    found = {
+        f"are longer than {limit} tokens and are left out": summary["dropped_too_long"],
+        f"are longer than {limit} tokens and are cut after their last whole answer": summary[
+            "truncated"
+        ],
+        "cannot be used and are skipped": summary["bad_rows"],
+        "are held out for evaluation and trained on as well": summary["in_train_and_eval"],
+    }
+    return [f"{count} of {rows} conversations {what}" for what, count in found.items() if count]
 
 
 def _code_key(package: str) -> str:

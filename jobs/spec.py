@@ -48,7 +48,7 @@ class Model(Section):
     """Longest conversation in tokens; `data.too_long` says what becomes of a longer one."""
     chat_template: Place = "auto"
     """`auto` for the tokenizer's own chat template; or a family's name (chatml, llama-3, llama-3.1,
-    gemma, mistral, phi-3, phi-4, alpaca, vicuna, zephyr); or the path of a .jinja file; or a prompt
+    gemma, mistral, phi-3, phi-4, llama-2, alpaca, vicuna, zephyr); or the path of a .jinja file; or a prompt
     format with {instruction} or {input}, {output}, and {system} where wanted."""
     template_date: date | None = None
     """The day that a template which writes today's date writes instead; 2025-01-01 where unset."""
@@ -130,7 +130,7 @@ class Train(Section):
     max_steps: Annotated[Int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps."""
     batch_size: Annotated[Int, Field(ge=1)] = 8
-    """Conversations in one optimizer step; with `packing`, filled rows."""
+    """Conversations in one optimizer step; with `packing`, rows filled with conversations."""
     packing: bool = False
     """Fill rows of `max_seq_length` tokens with whole conversations, which do not see each other."""
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.data.conversation import BadRow, Conversation
-from jobs.data.tokenizer import ChatTokenizer
 from jobs.data.skeleton import Answer
+from jobs.data.tokenizer import ChatTokenizer
 
 IGNORE = -100  # torch's cross_entropy leaves out this label
 
@@ -100,14 +100,13 @@ def _tokens(
         last = encoding.char_to_token(answer.end - 1)
         if start is None or last is None:
             raise BadRow("the tokenizer drops characters of an assistant turn")
-        begins = encoding.token_to_chars(start)[0]
-        if begins != answer.start:
-            if text[begins : answer.start].strip():
-                return _in_pieces(tokenizer, text, answers)
-            # The token of the first word has the template's space in it (" Hello"): the model
-            # writes both at once.
+        begins = (encoding.token_to_chars(start) or (-1, -1))[0]
+        # Where the token of the first word has the template's space in it (" Hello"), the model
+        # writes both at once.
+        if text[begins : answer.start].strip():
+            return _in_pieces(tokenizer, text, answers)
         end = last + 1
-        if encoding.token_to_chars(last)[1] != answer.end:
+        if (encoding.token_to_chars(last) or (-1, -1))[1] != answer.end:
             raise BadRow("an end-of-turn token goes on into the text after it")
         turns.append(Turn(start, end, text[answer.start : answer.end]))
     ids = list(encoding.ids)

@@ -1,167 +1,393 @@
-"""Sources -> labelled examples, split into train and eval, with the counts that people ask for."""
+"""Sources -> labelled examples on disk, split into train and eval, with the counts people ask for.
+
+Rows are read by one process and labelled by all cores, a chunk at a time, and go straight to Arrow
+files: a million conversations cost disk, not memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from jobs.data.formats import BadRow, Message, detect_format, to_messages
-from jobs.data.labels import Labelled, label
-from jobs.data.read import read_rows
-from jobs.data.tokenizer import ChatTokenizer
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.data.arrow import ExampleWriter, move_one
+from jobs.data.conversation import BadRow, Conversation
+from jobs.data.formats import detect_format, to_conversation
+from jobs.data.labels import label
+from jobs.data.read import Row, read_rows
+from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DataError, bullet_list
-from jobs.spec import Data, Source
+from jobs.spec import Data, RecordFormat, Source
 
 Advance = Callable[[int], None]
 
+CHUNK = 256  # rows that one process labels at a time
+POOL_FROM = 8 * CHUNK  # fewer rows are done before other processes have started
+KEPT = 8  # conversations kept as they are, to ask the model about
+SHOWN = 20  # bad rows that are told one by one
+
 
 @dataclass(frozen=True)
-class Example:
-    messages: list[Message]
-    labelled: Labelled
+class Recipe:
+    """All that labelling depends on besides the rows: what other processes get."""
 
-    @property
-    def trained(self) -> int:
-        return sum(turn.end - turn.start for turn in self.labelled.turns)
+    tokenizer: TokenizerFiles
+    loss_on: str
+    max_seq_length: int
+    too_long: str
+    seed: int
+
+
+@dataclass
+class Chunk:
+    """Labelled rows: flat arrays, because they travel between processes."""
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    spans: NDArray[np.int32]
+    span_counts: NDArray[np.int32]
+    places: NDArray[np.float64]  # in [0, 1), one for each example
+    bad: list[tuple[int, str]]  # index in the chunk, reason
+    too_long: list[int]
+    cut: int
+    conversations: list[Conversation]  # of the first examples
 
 
 @dataclass
 class Counts:
+    """What became of the rows."""
+
     rows: int = 0
+    sources: list[dict[str, Any]] = field(default_factory=list)
     too_long: int = 0
-    rows_by_source: dict[str, int] = field(default_factory=dict)
-    formats: dict[str, str] = field(default_factory=dict)
+    cut: int = 0
+    bad: int = 0
+    bad_shown: list[str] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    train: list[Example]
-    eval: list[Example]
-    counts: Counts
+class Labeller:
+    """Rows -> chunks, in this process."""
 
-    def summary(self) -> dict[str, Any]:
-        """What `check` prints and the manifest keeps: rows, tokens and trained tokens."""
-        tokens = sum(len(example.labelled.input_ids) for example in self.train)
-        trained = sum(example.trained for example in self.train)
-        return {
-            "rows": self.counts.rows,
-            "rows_by_source": self.counts.rows_by_source,
-            "formats": self.counts.formats,
-            "dropped_too_long": self.counts.too_long,
-            "train_rows": len(self.train),
-            "eval_rows": len(self.eval),
-            "train_tokens": tokens,
-            "trained_tokens": trained,
-            "trained_share": round(trained / tokens, 4),
-            "longest": max(len(e.labelled.input_ids) for e in [*self.train, *self.eval]),
-        }
+    def __init__(self, recipe: Recipe, tokenizer: ChatTokenizer | None = None) -> None:
+        self._recipe = recipe
+        self._tokenizer = tokenizer or recipe.tokenizer.load()
+
+    def chunk(self, values: Sequence[Any], form: RecordFormat, columns: dict[str, str]) -> Chunk:
+        ids: list[int] = []
+        lengths: list[int] = []
+        spans: list[int] = []
+        span_counts: list[int] = []
+        places: list[float] = []
+        bad: list[tuple[int, str]] = []
+        too_long: list[int] = []
+        cut = 0
+        kept: list[Conversation] = []
+        limit = self._recipe.max_seq_length
+        for index, value in enumerate(values):
+            try:
+                conversation = to_conversation(value, form, columns)
+                labelled = label(self._tokenizer, conversation, self._recipe.loss_on)
+            except BadRow as reason:
+                bad.append((index, str(reason)))
+                continue
+            row, edges = labelled.input_ids, labelled.spans
+            if len(row) > limit:
+                # Never cut through an answer: it would lose its end-of-turn token.
+                ends = [end for end in edges[1::2] if end <= limit]
+                if self._recipe.too_long != "truncate" or not ends:
+                    too_long.append(index)
+                    continue
+                row, edges = row[: ends[-1]], edges[: 2 * len(ends)]
+                cut += 1
+            ids += row
+            lengths.append(len(row))
+            spans += edges
+            span_counts.append(len(edges))
+            places.append(_place(conversation, self._recipe.seed))
+            if len(kept) < KEPT and conversation.messages:
+                kept.append(conversation)
+        return Chunk(
+            np.array(ids, np.int32),
+            np.array(lengths, np.int32),
+            np.array(spans, np.int32),
+            np.array(span_counts, np.int32),
+            np.array(places, np.float64),
+            bad,
+            too_long,
+            cut,
+            kept,
+        )
+
+
+def _place(conversation: Conversation, seed: int) -> float:
+    """A number in [0, 1) that depends on nothing but the conversation and the seed.
+
+    It decides on which side of the split a conversation is: so it stays there when others are
+    added, and a duplicate is never on both sides.
+    """
+    said = [seed, conversation.messages, conversation.tools, conversation.text]
+    text = json.dumps(said, ensure_ascii=False, sort_keys=True, default=str)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
 
 
 def prepare(
     data: Data,
-    tokenizer: ChatTokenizer,
-    max_seq_length: int,
-    seed: int,
+    recipe: Recipe,
+    out: Path,
+    tokenizer: ChatTokenizer | None = None,
     advance: Advance = lambda rows: None,
-) -> Prepared:
-    """Read, label and split everything. Raises DataError naming each row that cannot be used."""
-    counts = Counts()
-    train = _examples(data.train, data.loss_on, tokenizer, max_seq_length, counts, advance)
-    held_out: list[Example] = []
-    if isinstance(data.eval, list):
-        held_out = _examples(data.eval, data.loss_on, tokenizer, max_seq_length, counts, advance)
-    elif data.eval > 0:
-        train, held_out = _split(train, data.eval, seed)
-    if not train:
-        dropped = (
-            f": all {counts.too_long} are longer than {max_seq_length} tokens"
-            if counts.too_long
-            else ""
-        )
-        raise DataError(f"nothing is left to train on{dropped}", "raise model.max_seq_length")
-    return Prepared(train, held_out, counts)
+) -> dict[str, Any]:
+    """Read, label and split everything into `out`; returns the summary that `check` shows.
 
-
-def _examples(
-    sources: list[Source],
-    loss_on: str,
-    tokenizer: ChatTokenizer,
-    max_seq_length: int,
-    counts: Counts,
-    advance: Advance,
-) -> list[Example]:
-    examples: list[Example] = []
-    bad: list[str] = []
-    reasons: set[str] = set()
-    for source in sources:
-        record_format = source.format
-        for row in read_rows(source.source):
-            counts.rows += 1
-            counts.rows_by_source[source.source] = counts.rows_by_source.get(source.source, 0) + 1
-            try:
-                if record_format == "auto":
-                    record_format = detect_format(row.value)  # type: ignore[assignment]
-                messages = to_messages(row.value, record_format)
-                labelled = label(tokenizer, messages, loss_on)
-            except BadRow as reason:
-                bad.append(f"{row.place}: {reason}")
-                reasons.add(str(reason))
-            else:
-                if len(labelled.input_ids) > max_seq_length:
-                    # Never truncated: a row cut short would lose its end-of-turn token.
-                    counts.too_long += 1
-                else:
-                    examples.append(Example(messages, labelled))
-            advance(1)
-        counts.formats[source.source] = record_format
-    if bad:
-        rows = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
-        if len(bad) == counts.rows and len(reasons) == 1:  # the template's fault, not the rows'
-            bad = [f"all of them: {reasons.pop()}"]
-        raise DataError(
-            f"{rows} of {counts.rows} cannot be used:\n{bullet_list(bad)}", "mend or remove them"
-        )
-    return examples
-
-
-def _split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Hold out a share by each conversation's own hash.
-
-    So a conversation stays on its side when others are added, and a duplicate is never on both.
+    Writes train.arrow and eval.arrow (see jobs.data.arrow), order.npy where sources have weights,
+    and first.json, the first conversations. Raises DataError naming each row that cannot be used.
     """
-    places = [_place(example.messages, seed) for example in examples]
-    held = {place for place in places if place < share}
-    if not held and len(set(places)) > 1:
-        held = {min(places)}  # a small set whose hashes all fall above the share
-    train = [e for e, place in zip(examples, places, strict=True) if place not in held]
-    return train, [e for e, place in zip(examples, places, strict=True) if place in held]
+    counts = Counts()
+    share = data.eval if isinstance(data.eval, float) else 0.0
+    kept: dict[str, list[Conversation]] = {"train": [], "eval": []}
+    with (
+        ExampleWriter(out / "train.arrow") as train,
+        ExampleWriter(out / "eval.arrow") as held_out,
+        _labelling(recipe, tokenizer) as submit,
+    ):
 
+        def take(chunk: Chunk, number: int, sources: Sequence[Source], side: str) -> None:
+            held = chunk.places < share if side == "train" else np.ones(len(chunk.places), bool)
+            train.add(chunk.ids, chunk.lengths, chunk.spans, chunk.span_counts, chunk.places, ~held, number)  # fmt: skip
+            held_out.add(chunk.ids, chunk.lengths, chunk.spans, chunk.span_counts, chunk.places, held, number)  # fmt: skip
+            if len(kept["train"]) < KEPT or len(kept["eval"]) < KEPT:
+                for conversation in chunk.conversations:
+                    is_held = side == "eval" or _place(conversation, recipe.seed) < share
+                    kept["eval" if is_held else "train"].append(conversation)
 
-def _place(messages: list[Message], seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the conversation and the seed."""
-    text = json.dumps([seed, messages], ensure_ascii=False, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) / 2**56
-
-
-def save_prepared(prepared: Prepared, folder: Path) -> None:
-    """Write train/ and eval/ as Arrow data sets, which training maps into memory."""
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    for name, examples in (("train", prepared.train), ("eval", prepared.eval)):
-        if examples:
-            Dataset.from_dict(
-                {
-                    "input_ids": [e.labelled.input_ids for e in examples],
-                    "labels": [e.labelled.labels for e in examples],
-                }
-            ).save_to_disk(folder / name)
+        _label_all(data.train, "train", data, counts, submit, take, advance)
+        if isinstance(data.eval, list):
+            _label_all(data.eval, "eval", data, counts, submit, take, advance)
+    if share and not held_out.rows and train.rows > 1:
+        # A small set whose places all fall above the share: the lowest one is held out.
+        move_one(train, held_out, int(np.argmin(train.places)))
+    if not train.rows:
+        why = f": all {counts.too_long} are longer than {recipe.max_seq_length} tokens"
+        raise DataError(
+            f"nothing is left to train on{why if counts.too_long else ''}",
+            "raise model.max_seq_length, or set data.too_long to truncate",
+        )
+    _keep_order(data.train, train, recipe.seed, out)
     conversations = {
-        name: [example.messages for example in examples[:8]]
-        for name, examples in (("train", prepared.train), ("eval", prepared.eval))
+        side: [{"messages": c.messages, "tools": c.tools} for c in found[:KEPT]]
+        for side, found in kept.items()
     }
-    (folder / "first.json").write_text(json.dumps(conversations, ensure_ascii=False), "utf-8")
+    (out / "first.json").write_text(json.dumps(conversations, ensure_ascii=False), "utf-8")
+    return _summary(counts, train, held_out, recipe.max_seq_length)
+
+
+Submit = Callable[[list[Row], RecordFormat, dict[str, str]], "Future[Chunk] | Chunk"]
+Take = Callable[[Chunk, int, Sequence[Source], str], None]
+
+
+def _label_all(
+    sources: list[Source],
+    side: str,
+    data: Data,
+    counts: Counts,
+    submit: Submit,
+    take: Take,
+    advance: Advance,
+) -> None:
+    for number, source in enumerate(sources):
+        before = counts.rows
+        form = source.format
+        waiting: deque[tuple[list[Row], Future[Chunk] | Chunk]] = deque()
+
+        def finish(number: int = number, waiting: deque[tuple[list[Row], Any]] = waiting) -> None:
+            rows, result = waiting.popleft()
+            chunk = result.result() if isinstance(result, Future) else result
+            _count(chunk, rows, counts, data)
+            take(chunk, number, sources, side)
+            advance(len(rows))
+
+        for rows in _chunks(read_rows(source)):
+            if form == "auto":
+                form = _detect(rows[0], source)
+            waiting.append((rows, submit(rows, form, source.columns)))
+            if len(waiting) > 2 * _cores():
+                finish()
+        while waiting:
+            finish()
+        counts.sources.append(
+            {"source": source.source, "side": side, "format": form, "rows": counts.rows - before}
+        )
+    _refuse_bad(counts, data.skip_bad_rows)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _detect(row: Row, source: Source) -> RecordFormat:
+    try:
+        return detect_format(row.value, source.columns)
+    except BadRow as reason:
+        raise DataError(
+            f"{row.place}: {reason}", "set this source's `format`, and `columns` where names differ"
+        ) from None
+
+
+def _count(chunk: Chunk, rows: list[Row], counts: Counts, data: Data) -> None:
+    counts.rows += len(rows)
+    counts.cut += chunk.cut
+    counts.too_long += len(chunk.too_long)
+    if chunk.too_long and data.too_long == "fail":
+        raise DataError(
+            f"{rows[chunk.too_long[0]].place}: the conversation is longer than "
+            "model.max_seq_length",
+            "raise it, or set data.too_long to drop or truncate",
+        )
+    counts.bad += len(chunk.bad)
+    for index, reason in chunk.bad:
+        counts.reasons[reason] = counts.reasons.get(reason, 0) + 1
+        if len(counts.bad_shown) < SHOWN:
+            counts.bad_shown.append(f"{rows[index].place}: {reason}")
+
+
+def _refuse_bad(counts: Counts, allowed: float) -> None:
+    if counts.bad <= allowed * counts.rows:
+        return
+    lines = counts.bad_shown
+    if counts.bad == counts.rows and len(counts.reasons) == 1 and counts.rows > 1:
+        lines = [f"all of them: {next(iter(counts.reasons))}"]  # the template's fault, most likely
+    elif counts.bad > len(lines):
+        lines = [*lines, f"... and {counts.bad - len(lines)} more"]
+    rows = "1 row" if counts.bad == 1 else f"{counts.bad} rows"
+    more = f", and {allowed:.1%} may be (data.skip_bad_rows)" if allowed else ""
+    raise DataError(
+        f"{rows} of {counts.rows} cannot be used{more}:\n{bullet_list(lines, limit=SHOWN + 1)}",
+        "mend or remove them, or let some be skipped with data.skip_bad_rows",
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_of_process: Labeller | None = None
+
+
+def _start_process(recipe: Recipe) -> None:
+    global _of_process  # noqa: PLW0603 - a process of the pool has one labeller
+    _of_process = Labeller(recipe)
+
+
+def _in_process(values: list[Any], form: RecordFormat, columns: dict[str, str]) -> Chunk:
+    assert _of_process is not None
+    return _of_process.chunk(values, form, columns)
+
+
+@contextmanager
+def _labelling(recipe: Recipe, tokenizer: ChatTokenizer | None) -> Iterator[Submit]:
+    """A function that labels rows: here at first, in processes of its own when there are many."""
+    here = Labeller(recipe, tokenizer)
+    pool: ProcessPoolExecutor | None = None
+    seen = 0
+
+    def submit(
+        rows: list[Row], form: RecordFormat, columns: dict[str, str]
+    ) -> Future[Chunk] | Chunk:
+        nonlocal pool, seen
+        values = [row.value for row in rows]
+        seen += len(rows)
+        if seen <= POOL_FROM or _cores() == 1:
+            return here.chunk(values, form, columns)
+        if pool is None:
+            # Spawned, not forked: torch's threads would not survive a fork.
+            pool = ProcessPoolExecutor(
+                _cores(), get_context("spawn"), initializer=_start_process, initargs=(recipe,)
+            )
+        return pool.submit(_in_process, values, form, columns)
+
+    try:
+        yield submit
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _keep_order(sources: list[Source], train: ExampleWriter, seed: int, out: Path) -> None:
+    """Where sources have weights, which examples an epoch has: order.npy, indices into train.
+
+    A weight's whole part is so many copies, its fraction a sample that the seed draws.
+    """
+    if all(source.weight == 1 for source in sources):
+        return
+    random = np.random.default_rng(seed)
+    indices = []
+    for number, source in enumerate(sources):
+        own = np.flatnonzero(train.sources == number)
+        whole, fraction = divmod(source.weight, 1)
+        sample = random.permutation(own)[: round(fraction * len(own))]
+        indices += [own] * int(whole) + [np.sort(sample)]
+    np.save(out / "order.npy", np.concatenate(indices).astype(np.int64))
+
+
+def _summary(
+    counts: Counts, train: ExampleWriter, held_out: ExampleWriter, max_seq_length: int
+) -> dict[str, Any]:
+    lengths = np.concatenate([train.lengths, held_out.lengths])
+    tokens, trained = int(train.lengths.sum()), int(train.trained.sum())
+    edges = [0, *(max_seq_length * step // 8 for step in range(1, 9))]
+    histogram = np.histogram(lengths, bins=[*edges[:-1], edges[-1] + 1])[0]
+    return {
+        "rows": counts.rows,
+        "sources": counts.sources,
+        "bad_rows": counts.bad,
+        "bad_reasons": counts.reasons,
+        "bad_shown": counts.bad_shown,
+        "dropped_too_long": counts.too_long,
+        "truncated": counts.cut,
+        "train_rows": train.rows,
+        "eval_rows": held_out.rows,
+        "train_tokens": tokens,
+        "trained_tokens": trained,
+        "trained_share": round(trained / tokens, 4),
+        "longest": int(lengths.max()),
+        "mean_length": round(float(lengths.mean()), 1),
+        "near_limit": int((lengths > 0.95 * max_seq_length).sum()),
+        "lengths": [
+            {"up_to": up_to, "rows": int(rows)}
+            for up_to, rows in zip(edges[1:], histogram, strict=True)
+        ],
+        "duplicates": len(train.places) - len(np.unique(train.places)),
+        "in_train_and_eval": int(np.isin(held_out.places, train.places).sum()),
+    }
+
+
+def first_conversations(data: Data, count: int) -> Iterator[tuple[str, Conversation | BadRow]]:
+    """The first rows of the training sources, with their places: for people to look at."""
+    rows = chain.from_iterable(
+        ((row, source) for row in read_rows(source)) for source in data.train
+    )
+    forms: dict[str, RecordFormat] = {}
+    for row, source in islice(rows, count):
+        if source.source not in forms:
+            forms[source.source] = (
+                _detect(row, source) if source.format == "auto" else source.format
+            )
+        try:
+            yield row.place, to_conversation(row.value, forms[source.source], source.columns)
+        except BadRow as reason:
+            yield row.place, reason

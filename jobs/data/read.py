@@ -205,8 +205,8 @@ def _parquet(file: IO[bytes], name: str, compressed: bool) -> Iterator[Row]:
         if compressed:  # parquet is read from its end
             shutil.copyfileobj(file, plain, BUFFER)
         try:
-            # Without pre_buffer=False a whole row group would be held.
-            with ParquetFile(plain, pre_buffer=False) as parquet:
+            # With the defaults a whole row group would be held.
+            with ParquetFile(plain, pre_buffer=False, buffer_size=BUFFER) as parquet:
                 for batch in parquet.iter_batches(BATCH):
                     for value in batch.to_pylist(maps_as_pydicts="strict"):
                         number += 1

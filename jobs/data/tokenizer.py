@@ -16,9 +16,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from jobs.data.template import DEFAULT_DATE, ChatTemplate
+from jobs.data.named_templates import FAMILIES, resolve_template
 from jobs.data.skeleton import TurnFinder
-from jobs.errors import AccessError
+from jobs.data.template import DEFAULT_DATE, ChatTemplate
+from jobs.errors import AccessError, SpecError
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -33,14 +34,16 @@ class ChatTokenizer:
     @cached_property
     def turns(self) -> TurnFinder:
         special = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
-        stops = {self.backend.id_to_token(token) for token in self.file_stop_ids}
+        stops = {str(self.backend.id_to_token(token)) for token in self.file_stop_ids}
         return TurnFinder(self.template, sorted(special), sorted(stops))
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Any of these ends an answer: the files' and those that the template writes."""
         return self.file_stop_ids | {
-            self.backend.token_to_id(text) for text in self.turns.end_tokens
+            found
+            for text in self.turns.end_tokens
+            if (found := self.backend.token_to_id(text)) is not None
         }
 
     @cached_property
@@ -76,6 +79,18 @@ class ChatTokenizer:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
 
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What `load_tokenizer` needs: other processes load their own."""
+
+    folder: Path
+    chat_template: str = "auto"
+    today: date | None = None
+
+    def load(self) -> ChatTokenizer:
+        return load_tokenizer(self.folder, self.chat_template, self.today)
+
+
 def load_tokenizer(
     folder: Path, chat_template: str = "auto", today: date | None = None
 ) -> ChatTokenizer:
@@ -107,7 +122,7 @@ def load_tokenizer(
             f"{folder} names no end-of-sequence token, so an answer could never stop",
             "set eos_token in its tokenizer_config.json",
         )
-    source, name = _template_source(folder, config, chat_template)
+    source, name = _template(folder, config, chat_template, backend)
     template = ChatTemplate(source, special, name, today or DEFAULT_DATE)
     return ChatTokenizer(backend, template, special, frozenset(stops))
 
@@ -135,28 +150,42 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _template_source(folder: Path, config: dict[str, Any], chosen: str) -> tuple[str, str]:
-    own = folder / "chat_template.jinja"
-    path = own if chosen == "auto" else Path(chosen)
-    if chosen != "auto" or own.is_file():
+def _template(
+    folder: Path, config: dict[str, Any], chosen: str, backend: Tokenizer
+) -> tuple[str, str]:
+    """The source and the name of the chat template that the spec chooses."""
+    if chosen in FAMILIES:
+        missing = [t for t in FAMILIES[chosen].special_tokens if backend.token_to_id(t) is None]
+        if missing:
+            raise SpecError(
+                f"model.chat_template: {chosen} needs the token {missing[0]}, which the tokenizer in "
+                f"{folder} does not have: it would be spelled out in pieces, and nothing would stop",
+                "choose the template of the base model's own family, or auto",
+            )
+    try:
+        return resolve_template(chosen, _own_template(folder, config))
+    except LookupError:
+        raise AccessError(
+            f"{folder} has no chat template",
+            "set model.chat_template: a family's name such as alpaca, a prompt format, or a .jinja "
+            "file; base models that were never tuned for chat come without one",
+        ) from None
+
+
+def _own_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
         try:
-            return path.read_text(encoding="utf-8"), str(path)
+            return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise AccessError(
-                f"the chat template {path} cannot be read: {error}",
-                "set model.chat_template to a readable .jinja file, or to auto",
+                f"the chat template {path} cannot be read: {error}", "fetch the base model again"
             ) from None
     source = config.get("chat_template")
     if isinstance(source, list):  # several named ones
         named = {i.get("name"): i.get("template") for i in source if isinstance(i, dict)}
         source = named.get("default")
-    if not isinstance(source, str):
-        raise AccessError(
-            f"{folder} has no chat template",
-            "set model.chat_template to a .jinja file; base models that were never tuned for "
-            "chat come without one",
-        )
-    return source, str(folder / "tokenizer_config.json")
+    return source if isinstance(source, str) else None
 
 
 def _stop_ids(folder: Path) -> set[int]:

@@ -91,12 +91,12 @@ def _message(turn: Any) -> tuple[str, Message]:
     text, thought, calls = _content(role, content)
     thoughts = {thought} if thought else set()
     for field in _REASONING_FIELDS:
-        thought = turn.get(field)
-        if not (thought is None or isinstance(thought, str)):
-            raise BadRow(f"has a {type(thought).__name__} in `{field}`, not a text")
-        if thought:
-            check_characters(thought)
-            thoughts.add(thought)
+        value = turn.get(field)
+        if not (value is None or isinstance(value, str)):
+            raise BadRow(f"has a {type(value).__name__} in `{field}`, not a text")
+        if value:
+            check_characters(value)
+            thoughts.add(value)
     said = [calls, _calls(turn.get("tool_calls")), _calls(turn.get("function_call"))]
     said = [each for each in said if each]
     if len(thoughts) > 1 or len(said) > 1:

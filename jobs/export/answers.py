@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 from transformers import GenerationConfig
 
-from jobs.data.formats import Message
+from jobs.data.conversation import Message
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.spec import Verify
 
 FROM_DATA = 4  # questions taken from the data where the spec has none
+
+
+class Said(TypedDict):
+    """A conversation of the data, as first.json keeps it."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
 
 
 class Answer(TypedDict):
@@ -25,18 +33,19 @@ class Question:
     messages: list[Message]  # up to and with the user's turn
     expect: str | None  # what the answer must contain
     required: bool  # from the spec: each must stop by itself
+    tools: Sequence[dict[str, Any]] = ()
 
     @property
     def text(self) -> str:
-        return self.messages[-1]["content"]
+        return str(self.messages[-1]["content"])
 
     def ids(self, tokenizer: ChatTokenizer) -> list[int]:
         return tokenizer.ids_of(
-            tokenizer.template.render(self.messages, add_generation_prompt=True)
+            tokenizer.template.render(self.messages, self.tools, add_generation_prompt=True)
         )
 
 
-def questions(verify: Verify, conversations: list[list[Message]]) -> list[Question]:
+def questions(verify: Verify, conversations: list[Said]) -> list[Question]:
     """The spec's prompts; without any, how the first conversations of the data begin."""
     asked = []
     for prompt in verify.prompts:
@@ -44,10 +53,11 @@ def questions(verify: Verify, conversations: list[list[Message]]) -> list[Questi
         asked.append(
             Question([*system, {"role": "user", "content": prompt.ask}], prompt.expect, True)
         )
-    for messages in conversations[:FROM_DATA] if not asked else []:
+    for said in conversations[:FROM_DATA] if not asked else []:
+        messages = said["messages"]
         first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
         if first:
-            asked.append(Question(messages[:first], None, False))
+            asked.append(Question(messages[:first], None, False, said["tools"]))
     return asked
 
 

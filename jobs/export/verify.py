@@ -9,15 +9,13 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from datasets import load_from_disk
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
 
-from jobs.data.formats import Message
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.export.answers import Answer, Question, ask, questions
+from jobs.export.answers import Answer, Question, Said, ask, questions
 from jobs.export.gguf import file_name
 from jobs.export.llama import client
 from jobs.export.merge import PREFIX, weight_files
@@ -26,6 +24,7 @@ from jobs.spec import Spec
 from jobs.train.batches import PadBatch
 from jobs.train.engine import load_model
 from jobs.train.loss import evaluate, trained_logits
+from jobs.train.rows import load_rows
 
 LOSS_ROWS = 32  # conversations whose loss is compared
 
@@ -69,7 +68,7 @@ class Paths:
 
 
 def verify(
-    spec: Spec, paths: Paths, tokenizer: ChatTokenizer, conversations: list[list[Message]],
+    spec: Spec, paths: Paths, tokenizer: ChatTokenizer, conversations: list[Said],
     tools: Path | None, device: str, threads: int, observer: Observer,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Check everything that will be published.
@@ -136,7 +135,7 @@ def verify(
 def _batches(
     data: Path, tokenizer: ChatTokenizer, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
-    rows: Any = load_from_disk(str(data / "eval" if (data / "eval").exists() else data / "train"))
+    rows: Any = load_rows(data / "eval.arrow") or load_rows(data / "train.arrow")
     items = [dict(rows[i]) for i in range(min(LOSS_ROWS, len(rows)))]
     collate = PadBatch(tokenizer.pad_id)
     return [
@@ -239,9 +238,9 @@ def _merged_failures(merged: Subject) -> list[str]:
 
 def _gguf(
     file: Path, tools: Path, tokenizer: ChatTokenizer, batches: list[dict[str, torch.Tensor]],
-    conversations: list[list[Message]], asked: list[Question], limit: int, threads: int, log: Path,
+    conversations: list[Said], asked: list[Question], limit: int, threads: int, log: Path,
 ) -> tuple[Subject, list[str]]:  # fmt: skip
-    texts = [tokenizer.template.render(messages) for messages in conversations]
+    texts = [tokenizer.template.render(said["messages"], said["tools"]) for said in conversations]
     prompts = [question.ids(tokenizer) for question in asked]
     rows = [
         {"input_ids": ids[:size], "labels": labels[:size]}

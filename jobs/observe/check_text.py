@@ -7,26 +7,73 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+BAR = 30  # characters of the histogram's longest bar
+
 
 def print_check(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    base, data = found["base"], found["data"]
+    base, data, template = found["base"], found["data"], found["chat_template"]
     console.print(f"[bold green]ready[/bold green]  {found['name']}")
-    lines = {
-        "base": f"{base['source']} ({base['architecture']}, {base['weight_bytes'] / 2**30:.2f} GiB)",
-        "template": base["chat_template"],
-        "data": f"{data['rows']} conversations: {data['train_rows']} to train on, "
-        f"{data['eval_rows']} held out, {data['dropped_too_long']} too long",
-        "tokens": f"{data['train_tokens']}, of which {data['trained_tokens']} are trained "
-        f"({data['trained_share']:.0%}); the longest conversation has {data['longest']}",
-        "disk": f"{found['disk_bytes'] / 2**30:.2f} GiB at the most",
-        "llama.cpp": found["llama_cpp"],
-        "publish": ", ".join(found["publish"]) or "nowhere: the results stay in the run's folder",
-    }
-    for name, text in lines.items():
+    lines = [
+        (
+            "base",
+            f"{base['source']} ({base['architecture']}, {base['weight_bytes'] / 2**30:.2f} GiB)",
+        ),
+        (
+            "template",
+            f"{template['name']}; a turn ends with {template['end_of_turn']}"
+            + (f"; today's date is {template['date']}" if template["date"] else ""),
+        ),
+        *(
+            ("data", f"{s['source']}: {s['rows']} rows of {s['format']}"
+             + (", for evaluation" if s["side"] == "eval" else ""))
+            for s in data["sources"]
+        ),
+        (
+            "rows",
+            f"{data['train_rows']} to train on, {data['eval_rows']} held out; left out: "
+            f"{data['dropped_too_long']} too long, {data['bad_rows']} unusable; "
+            f"{data['duplicates']} duplicates",
+        ),
+        (
+            "tokens",
+            f"{data['train_tokens']}, of which {data['trained_tokens']} are trained "
+            f"({data['trained_share']:.0%}); a conversation has {data['mean_length']:.0f} on "
+            f"average and {data['longest']} at the most; {data['near_limit']} are near the limit",
+        ),
+        ("disk", f"{found['disk_bytes'] / 2**30:.2f} GiB at the most"),
+        ("llama.cpp", found["llama_cpp"]),
+        ("publish", ", ".join(found["publish"]) or "nowhere: the results stay in the run's folder"),
+    ]  # fmt: skip
+    for name, text in lines:
         console.print(Text.assemble((f"  {name:<10}", "dim"), text), soft_wrap=True)
-    console.print(Text("  the first conversation, what is trained of it in green:", "dim"))
-    row = Text("    ")
-    for piece in found["first_row"]:
-        row.append(piece["text"].replace("\n", "\n    "), "green" if piece["trained"] else "")
-    console.print(row, soft_wrap=True)
+    for warning in [*found["warnings"], *(f"left out: {line}" for line in data["bad_shown"])]:
+        console.print(Text.assemble(("  warning   ", "yellow"), warning), soft_wrap=True)
+    most = max(bucket["rows"] for bucket in data["lengths"])
+    for bucket in data["lengths"]:
+        bar = "█" * -(-BAR * bucket["rows"] // most)
+        console.print(Text(f"  {'':<10}up to {bucket['up_to']:>7} tokens {bucket['rows']:>8} {bar}", "dim"))  # fmt: skip
+    if found["rows"]:
+        console.print(
+            Text("  the first rows as they are trained, what is trained in green:", "dim")
+        )
+    for row in found["rows"]:
+        console.print(Text(f"  {row['place']}", "bold"), soft_wrap=True)
+        console.print(_coloured(row), soft_wrap=True)
+
+
+def _coloured(row: dict[str, Any]) -> Text:
+    if "refused" in row:
+        return Text(f"    refused: {row['refused']}", "red")
+    text = Text("    ")
+    at = 0
+    for turn in row["trained"]:
+        start = row["text"].index(turn["text"], at)
+        text.append(_indented(row["text"][at:start]))
+        text.append(_indented(turn["text"]), "green")
+        at = start + len(turn["text"])
+    return text.append(_indented(row["text"][at:]))
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")

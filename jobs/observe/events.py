@@ -66,8 +66,11 @@ class Ticker:
 class Observer:
     """Shows events on `stream` (standard output) and keeps them in a file once it has one."""
 
-    def __init__(self, log_format: LogFormat = "auto", stream: IO[str] | None = None) -> None:
+    def __init__(
+        self, log_format: LogFormat = "auto", stream: IO[str] | None = None, quiet: bool = False
+    ) -> None:
         self._stream = stream or sys.stdout
+        self._quiet = quiet  # bars on a terminal, and nothing else
         terminal = log_format == "terminal" or (log_format == "auto" and self._stream.isatty())
         self.console = Console(file=self._stream, highlight=False) if terminal else None
         self.bars: Progress | None = None
@@ -117,7 +120,7 @@ class Observer:
 
     def event(self, event: str, **fields: Any) -> None:
         self._json.info(event, **fields)
-        if self.console:
+        if self.console and not self._quiet:
             line = _TERMINAL.get(event)
             if line is not None:
                 self.console.print(line.format_map(_Fields(fields)), soft_wrap=True)
@@ -126,7 +129,7 @@ class Observer:
         """A JSON line, already rendered: to the file, and to a stream that is no terminal."""
         if self._file:
             self._file.write(text + "\n")
-        if not self.console:
+        if not self.console and not self._quiet:
             self._stream.write(text + "\n")
             self._stream.flush()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -16,10 +16,10 @@ from trl import SFTConfig, SFTTrainer
 
 from jobs.data.labels import IGNORE
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.errors import DoesNotFitError, VerificationError
+from jobs.errors import DoesNotFitError, SpecError, VerificationError
 from jobs.observe.events import Observer
 from jobs.spec import Spec, Train
-from jobs.train.batches import PadBatch
+from jobs.train.batches import FlatBatch, Item, PadBatch
 from jobs.train.engine import (
     add_lora,
     load_hf_tokenizer,
@@ -28,6 +28,7 @@ from jobs.train.engine import (
     train_in_float32,
 )
 from jobs.train.loss import evaluate, trained_logits
+from jobs.train.rows import lengths_of, load_rows, pack_rows
 from jobs.train.runtime import device_name
 
 PROBES = 4  # conversations whose logits are kept, for verification to compare against
@@ -129,13 +130,16 @@ def train(
     """
     device = device_name()
     set_seed(spec.train.seed)
-    train_rows = _load(data / "train")
-    eval_rows = _load(data / "eval") if (data / "eval").exists() else None
+    train_rows = load_rows(data / "train.arrow")
+    eval_rows = load_rows(data / "eval.arrow")
+    assert train_rows is not None
+    tokens = int(lengths_of(train_rows).sum())
+    if spec.train.packing:
+        train_rows = pack_rows(train_rows, spec.model.max_seq_length)
     hf_tokenizer = load_hf_tokenizer(base, tokenizer)
     base_model = load_model(base, spec.model.load_in, device)
     in_4bit = quantized_modules(base_model)
     model = add_lora(base_model, spec.lora, spec.model.base)
-    tokens = sum(len(ids) for ids in train_rows["input_ids"])
     report = _Report(observer, tokens)
     trainer = Trainer(
         model=model,
@@ -143,7 +147,7 @@ def train(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=hf_tokenizer,
-        data_collator=PadBatch(tokenizer.pad_id),
+        data_collator=FlatBatch() if spec.train.packing else PadBatch(tokenizer.pad_id),
         callbacks=[report],
     )
     for callback in ("ProgressCallback", "PrinterCallback"):
@@ -151,6 +155,8 @@ def train(
             each for each in trainer.callback_handler.callbacks if type(each).__name__ != callback
         ]
     train_in_float32(model)
+    if spec.train.packing:
+        _require_isolation(model, trainer.args.device)
     before = (
         evaluate(model, trainer.get_eval_dataloader(), trainer.args.device)[0]
         if eval_rows
@@ -182,21 +188,18 @@ def train(
     }
 
 
-def _load(folder: Path) -> Dataset:
-    dataset = load_from_disk(str(folder))
-    assert isinstance(dataset, Dataset)
-    return dataset
-
-
 def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str) -> SFTConfig:
     steps = train.max_steps or max(1, math.ceil(rows / train.batch_size * train.epochs))
+    # A packed row is a batch by itself: attention's cost grows with the square of what is laid end
+    # to end.
+    rows_at_once = 1 if train.packing else train.batch_size
     warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     return SFTConfig(
         output_dir=str(out / "trainer"),
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=train.batch_size,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=rows_at_once,
+        per_device_eval_batch_size=train.batch_size if not train.packing else 8,
+        gradient_accumulation_steps=train.batch_size // rows_at_once,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,
@@ -229,6 +232,31 @@ def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str)
         packing=False,
         remove_unused_columns=False,
     )
+
+
+@torch.no_grad()
+def _require_isolation(model: PeftModel, device: torch.device) -> None:
+    """Prove that packed conversations do not see each other, or refuse to pack them.
+
+    Several architectures of transformers 5.17 (among them opt, bloom, mpt, mamba, gpt_oss) mix the
+    conversations of a row without a warning, so it is tried: another first conversation must not
+    change what the model says in the second.
+    """
+    was_training = model.training
+    model.eval()
+    second = []
+    for first in (range(1, 9), range(9, 17)):
+        items: list[Item] = [
+            {"input_ids": list(ids), "labels": list(ids)} for ids in (first, range(17, 25))
+        ]
+        batch = {name: tensor.to(device) for name, tensor in FlatBatch()(items).items()}
+        second.append(trained_logits(model, batch)[0][-7:])
+    model.train(was_training)
+    if not torch.equal(*second):
+        raise SpecError(
+            "train.packing: with this base model's architecture packed conversations see each other",
+            "set train.packing to false",
+        )
 
 
 @torch.no_grad()

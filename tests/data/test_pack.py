@@ -52,14 +52,16 @@ def test_a_length_that_fits_no_row_is_refused(dtype: Any) -> None:
 
 def drawn(name: str) -> NDArray[np.int64]:
     draw = np.random.default_rng(3407)
-    lengths = {
-        "log-normal": lambda: draw.lognormal(5.1, 0.9, MILLION),
-        "geometric": lambda: draw.geometric(1 / 250, MILLION),
-        "uniform": lambda: draw.integers(1, CAPACITY + 1, MILLION),
-        "two humps": lambda: np.concatenate(
-            [draw.normal(80, 20, MILLION // 2), draw.normal(600, 90, MILLION // 2)]
-        ),
-    }[name]()
+    lengths: NDArray[Any]
+    if name == "log-normal":
+        lengths = draw.lognormal(5.1, 0.9, MILLION)
+    elif name == "geometric":
+        lengths = draw.geometric(1 / 250, MILLION)
+    elif name == "uniform":
+        lengths = draw.integers(1, CAPACITY + 1, MILLION)
+    else:
+        half = MILLION // 2
+        lengths = np.concatenate([draw.normal(80, 20, half), draw.normal(600, 90, half)])
     return np.clip(lengths, 1, CAPACITY).astype(np.int64)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.data.formats import BadRow
+from jobs.data.conversation import BadRow
 from jobs.data.template import ChatTemplate
 from jobs.errors import DataError
 
@@ -32,7 +32,7 @@ def test_it_renders_as_transformers_does(name: str, prompt: bool) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    ours = ChatTemplate(TEMPLATES[name], special, name).render(MESSAGES, prompt)
+    ours = ChatTemplate(TEMPLATES[name], special, name).render(MESSAGES, add_generation_prompt=prompt)
     theirs, _ = render_jinja_template(
         [MESSAGES], chat_template=TEMPLATES[name], add_generation_prompt=prompt, **special
     )

@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from jobs.data.labels import IGNORE
-from jobs.data.prepare import Prepared, prepare, save_prepared
-from jobs.data.tokenizer import ChatTokenizer
+from jobs.data.prepare import Recipe, prepare
+from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import AccessError, SpecError, VerificationError
 from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.train import loop
-from jobs.train.batches import PadBatch
+from jobs.train.batches import Item, PadBatch
 from jobs.train.engine import load_hf_tokenizer, load_model, quantized_modules
 from jobs.train.loss import evaluate
+from jobs.train.rows import load_rows
 from tests.conftest import BASE, ROOT
 
 DATA = ROOT / "examples" / "demo" / "data"
@@ -41,12 +42,14 @@ def spec(**train: Any) -> Spec:
 @pytest.fixture(scope="module")
 def prepared(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
-    save_prepared(examples(tokenizer), folder)
+    prepare(spec().data, Recipe(TokenizerFiles(BASE), "responses", 256, "drop", 3407), folder)
     return folder
 
 
-def examples(tokenizer: ChatTokenizer) -> Prepared:
-    return prepare(spec().data, tokenizer, 256, seed=3407)
+def items_of(folder: Path, side: str = "train") -> list[Item]:
+    rows = load_rows(folder / f"{side}.arrow")
+    assert rows is not None
+    return list(rows)
 
 
 def run(tokenizer: ChatTokenizer, data: Path, out: Path, **train: Any) -> dict[str, Any]:
@@ -75,10 +78,7 @@ def test_the_models_forward_gets_exactly_our_labels(
 
     monkeypatch.setattr(loop, "load_model", spy)
     run(tokenizer, prepared, tmp_path / "out")
-    made = {
-        tuple(e.labelled.input_ids): e.labelled.labels
-        for e in [*examples(tokenizer).train, *examples(tokenizer).eval]
-    }
+    made = {tuple(item["input_ids"]): item["labels"] for item in items_of(prepared)}
     assert len(seen) == 16  # 4 steps of 4
     for ids, labels in seen:
         assert made[tuple(ids)] == labels
@@ -126,12 +126,11 @@ def test_a_target_that_the_model_does_not_have_is_the_specs_mistake(
         run(tokenizer, prepared, tmp_path / "out", lora={"target": ["qq_proj"]})
 
 
-def test_each_trained_token_counts_the_same_in_the_evaluation(tokenizer: ChatTokenizer) -> None:
+def test_each_trained_token_counts_the_same_in_the_evaluation(
+    tokenizer: ChatTokenizer, prepared: Path
+) -> None:
     model = load_model(BASE, "16bit", "cpu").eval()
-    items: Any = [
-        {"input_ids": e.labelled.input_ids, "labels": e.labelled.labels}
-        for e in examples(tokenizer).train[:5]
-    ]
+    items = items_of(prepared)[:5]
     collate = PadBatch(tokenizer.pad_id)
     whole = evaluate(model, [collate(items)], torch.device("cpu"))
     parts = evaluate(model, [collate(items[:1]), collate(items[1:])], torch.device("cpu"))
@@ -161,3 +160,26 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
     with pytest.raises(AccessError, match="transformers reads the tokenizer"):
         load_hf_tokenizer(tmp_path, tokenizer)
+
+
+def test_packed_training_learns_what_unpacked_training_learns(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+) -> None:
+    # All conversations in one step: packed or not, it is the same step.
+    whole = {"max_steps": 2, "batch_size": len(items_of(prepared)), "warmup": 0}
+    plain = run(tokenizer, prepared, tmp_path / "plain", **whole)
+    packed = run(tokenizer, prepared, tmp_path / "packed", **whole, packing=True)
+    losses = [[e["loss"] for e in r["history"] if "loss" in e] for r in (plain, packed)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_an_architecture_that_mixes_packed_conversations_is_refused() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    with pytest.raises(SpecError, match=r"train\.packing"):
+        loop._require_isolation(OPTForCausalLM(config), torch.device("cpu"))
+    loop._require_isolation(load_model(BASE, "4bit", "cpu"), torch.device("cpu"))

@@ -4,6 +4,7 @@ The finished tools are one folder, named by the hash of everything that went int
 
     llama_cpp/             the Python bindings; their lib/ holds libllama and ggml
     convert_hf_to_gguf.py  the converter, with conversion/ and gguf-py/ beside it
+    templates/             real chat templates, for the tests
     BUILD.json             written last: what it was built from
 
 An image brings them along ($LORAJOB_LLAMA_CPP); elsewhere they are built on first use and kept in
@@ -55,7 +56,7 @@ CMAKE_FLAGS = {
 # Of the sdist, what is compiled or used; the rest (tests, media, vocabularies) is not unpacked.
 _NEEDED = re.compile(
     r"^(llama_cpp/|vendor/llama\.cpp/"
-    r"(CMakeLists\.txt|LICENSE|cmake/|src/|include/|ggml/|gguf-py/|conversion/|scripts/|vendor/|convert_\w+\.py))"
+    r"(CMakeLists\.txt|LICENSE|cmake/|src/|include/|ggml/|gguf-py/|conversion/|scripts/|vendor/|models/templates/|convert_\w+\.py))"
 )
 
 
@@ -68,7 +69,8 @@ def cache_folder() -> Path:
 def tools_key() -> str:
     """Changes with anything that would make other tools."""
     recipe = Path(__file__).with_name("CMakeLists.txt").read_text("utf-8")
-    return key_of([SHA256, CMAKE_FLAGS, recipe, platform.machine(), sys.platform])[:16]
+    made_of = [SHA256, CMAKE_FLAGS, recipe, _NEEDED.pattern, platform.machine(), sys.platform]
+    return key_of(made_of)[:16]
 
 
 def find_tools() -> Path | None:
@@ -221,3 +223,4 @@ def _collect(source: Path, build: Path, tools: Path) -> None:
         "LICENSE",
     ):
         shutil.move(llama / name, tools / name)
+    shutil.move(llama / "models" / "templates", tools / "templates")

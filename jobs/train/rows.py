@@ -1,0 +1,52 @@
+"""The labelled examples on disk -> what the trainer iterates over, with labels made of the spans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from jobs.data.labels import labels_of
+from jobs.data.pack import pack
+
+
+def load_rows(path: Path) -> Dataset | None:
+    """One of `prepare`'s files, memory-mapped: items of input_ids and labels; None where empty.
+
+    Beside train.arrow, order.npy says which rows an epoch has where sources have weights.
+    """
+    rows = Dataset.from_file(str(path))
+    order = path.with_name("order.npy")
+    if path.stem == "train" and order.exists():
+        rows = rows.select(np.load(order))
+    return rows.with_transform(_with_labels) if len(rows) else None
+
+
+def _with_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    labels = [
+        labels_of(ids, spans) for ids, spans in zip(batch["input_ids"], batch["spans"], strict=True)
+    ]
+    return {"input_ids": batch["input_ids"], "labels": labels}
+
+
+def lengths_of(rows: Dataset) -> Any:
+    """Tokens of each row, int64, without reading the tokens."""
+    column = rows.with_format("arrow")[:]["input_ids"]
+    return column.combine_chunks().value_lengths().to_numpy().astype(np.int64)
+
+
+def pack_rows(rows: Dataset, capacity: int) -> Dataset:
+    """Rows of up to `capacity` tokens, each of whole conversations; see jobs.train.batches.Item."""
+    bins = [members.tolist() for members in pack(lengths_of(rows), capacity)]
+
+    def laid_out(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        members = [rows[row] for row in batch["rows"]]
+        return {
+            "input_ids": [[t for ids in m["input_ids"] for t in ids] for m in members],
+            "labels": [[t for labels in m["labels"] for t in labels] for m in members],
+            "seq_lengths": [[len(ids) for ids in m["input_ids"]] for m in members],
+        }
+
+    return Dataset.from_dict({"rows": bins}).with_transform(laid_out)
