@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import AccessError
 from jobs.store.hashing import file_entries, key_of
 
@@ -131,16 +132,40 @@ def _require_whole(path: Path) -> None:
         ) from None
 
 
-def copy_tokenizer(base: Path, template: str, target: Path) -> None:
-    """Put the base's tokenizer into `target`, with the chat template that was trained with."""
+def copy_tokenizer(base: Path, tokenizer: ChatTokenizer, target: Path) -> None:
+    """Put the base's tokenizer into `target`, with the chat template that was trained with.
+
+    Its end-of-turn token becomes the end-of-sequence token, so that generation stops where the
+    training said so, and padding is never that token.
+    """
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             (target / name).write_bytes((base / name).read_bytes())
     config_path = target / "tokenizer_config.json"
     if config_path.is_file():
         config = json.loads(config_path.read_text("utf-8"))
-        if (
-            isinstance(config, dict) and config.pop("chat_template", None) is not None
-        ):  # chat_template.jinja says it
-            config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (target / "chat_template.jinja").write_text(template, "utf-8")
+        if isinstance(config, dict):
+            before = dict(config)
+            config.pop("chat_template", None)  # chat_template.jinja says it
+            for name, token in (("eos_token", tokenizer.eos_id), ("pad_token", tokenizer.pad_id)):
+                text = tokenizer.backend.id_to_token(token)
+                if tokenizer.special_tokens.get(name) != text:
+                    config[name] = text
+            if config != before:
+                write_json(config_path, config)
+    (target / "chat_template.jinja").write_text(tokenizer.template.source, "utf-8")
+
+
+def settle_stops(model: Path, tokenizer: ChatTokenizer) -> None:
+    """Make config.json and generation_config.json in `model` name the tokens that end an answer."""
+    stops = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})]
+    for name in ("config.json", "generation_config.json"):
+        path = model / name
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        config["pad_token_id"] = tokenizer.pad_id
+        write_json(path, config)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

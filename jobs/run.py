@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import __version__
-from jobs.base_model import copy_tokenizer
+from jobs.base_model import copy_tokenizer, settle_stops
 from jobs.data.prepare import Recipe, prepare
 from jobs.data.read import source_files
 from jobs.errors import VerificationError, bullet_list
@@ -164,7 +164,7 @@ def _adapter(ready: Ready, stages: Stages, trained: Done) -> Done:
         source = stages.folder / WORK / "train" / "adapter"
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             shutil.copyfile(source / name, out / name)
-        copy_tokenizer(ready.base.folder, ready.tokenizer.template.source, out)
+        copy_tokenizer(ready.base.folder, ready.tokenizer, out)
         return {"size": (out / "adapter_model.safetensors").stat().st_size}
 
     inputs = {"trained": trained.content_key, "template": ready.tokenizer.template.source}
@@ -181,7 +181,8 @@ def _merge(spec: Spec, ready: Ready, stages: Stages, adapter: Done, trained: Don
             ready.base.folder, stages.folder / "adapter", trained.result["quantized_modules"], out,
             stages.observer,
         )  # fmt: skip
-        copy_tokenizer(ready.base.folder, ready.tokenizer.template.source, out)
+        copy_tokenizer(ready.base.folder, ready.tokenizer, out)
+        settle_stops(out, ready.tokenizer)
         return result
 
     inputs = {

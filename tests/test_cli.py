@@ -240,8 +240,8 @@ WRONG: list[tuple[Spoil, int, tuple[str, ...]]] = [
     (name_with_slashes, 2, ("name:", "../elsewhere")),
     (data_missing, 4, ("there is no data file at chats.jsonl",)),
     (data_empty, 3, ("chats.jsonl is empty",)),
-    (data_a_folder, 4, ("chats.jsonl is a folder",)),
-    (data_binary, 3, ("chats.jsonl is no UTF-8 text (byte 128)",)),
+    (data_a_folder, 4, ("chats.jsonl has no data file", "no files")),
+    (data_binary, 3, ("chats.jsonl, line 1", "no valid JSON")),
     (data_broken_at_line_3, 3, ("chats.jsonl, line 3", "no valid JSON")),
     (data_nested_too_deep, 3, ("chats.jsonl, line 1",)),
     (data_with_a_number_without_end, 3, ("chats.jsonl, line 1",)),
@@ -342,8 +342,34 @@ def test_check_tells_scripts_what_it_found(desk: Desk) -> None:
     result = desk.do("check", "--format", "json")
     found = json.loads(result.out)
     assert found["data"]["rows"] == 1
-    trained = "".join(piece["text"] for piece in found["first_row"] if piece["trained"])
-    assert trained == "Ahoy<|im_end|>"
+    (row,) = found["rows"]
+    assert row["place"] == "chats.jsonl, line 1"
+    (span,) = row["trained"]
+    assert span["text"] == "Ahoy<|im_end|>"
+    assert row["input_ids"][span["start"] : span["end"]] == span["ids"]
+
+
+def test_check_shows_as_many_rows_as_asked_for_with_what_is_refused(desk: Desk) -> None:
+    desk.rows(ROW, {"messages": [{"role": "user", "content": "alone"}]}, *[ROW] * 9)
+    desk.tree["data"]["skip_bad_rows"] = 0.5
+    found = json.loads(desk.do("check", "--format", "json", "--rows", "3").out)
+    assert [row["place"][-6:] for row in found["rows"]] == ["line 1", "line 2", "line 3"]
+    assert "no assistant turn" in found["rows"][1]["refused"]
+    assert found["data"]["bad_rows"] == 1
+    assert "1 of 11 conversations cannot be used and are skipped" in found["warnings"]
+
+
+def test_run_takes_the_data_that_check_labelled(desk: Desk) -> None:
+    desk.do("check")
+    again = desk.do("check", "--format", "json")
+    assert again.code == 0
+    record = desk.work / "t" / ".work" / "stages" / "data.json"
+    before = record.stat().st_mtime_ns
+    desk.do("check")
+    assert record.stat().st_mtime_ns == before
+    desk.rows(ROW, ROW)
+    desk.do("check")
+    assert record.stat().st_mtime_ns != before
 
 
 def test_the_schema_is_json() -> None:
@@ -408,7 +434,7 @@ def test_a_bug_is_told_as_one_with_its_traceback_and_in_the_log(
 ) -> None:
     desk.do("check")  # writes the spec
     monkeypatch.chdir(desk.folder)
-    monkeypatch.setattr("jobs.run._data", raise_zero_division)
+    monkeypatch.setattr("jobs.run.data_stage", raise_zero_division)
     assert cli.main(["run", "spec.yaml", "--work", str(desk.work), "--log", "json"]) == 1
     said = capfd.readouterr().err.splitlines()
     assert said[0] == "lorajob: this is a bug in lorajob: ZeroDivisionError: division by zero"

@@ -115,7 +115,9 @@ class TurnFinder:
         self, text: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
     ) -> list[Answer]:
         shape = _shape(messages, tools)
-        places = _fit(text, self._skeleton_of(shape), messages)
+        skeleton = self._skeleton_of(shape)
+        _require_all_written(messages, set(skeleton.marks))
+        places = _fit(text, skeleton, messages)
         return [
             self._answer(text, places, index, message, shape)
             for index, message in enumerate(messages)
@@ -136,6 +138,9 @@ class TurnFinder:
         if message.get("tool_calls"):
             before = content[0].end if content else start
             end = self._first_end(text, before, _next_start(places, index, text))
+            names = [call["function"]["name"] for call in message["tool_calls"]]
+            if any(name not in text[start:end] for name in names):
+                raise BadRow("the chat template leaves out an assistant's tool calls")
         else:
             end = self._end_at(text, max((place.end for place in own), default=start))
         return Answer(index, start, end)
@@ -240,6 +245,24 @@ class TurnFinder:
             if found.start() < cut < found.end():
                 cut = found.end()  # two tokens that end alike: <|eot_id|> and <|header_id|>
         return between[:cut]
+
+
+def _require_all_written(messages: Sequence[Message], written: set[tuple[int, str]]) -> None:
+    """Nothing that was said may be missing: an answer would be trained without its question.
+
+    Reasoning before earlier answers may be: the models it is meant for see it so.
+    """
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+    for index, message in enumerate(messages):
+        parts = {field for number, field in written if number == index}
+        if message.get("content", "").strip() and not parts - {"reasoning_content"}:
+            raise BadRow(f"the chat template leaves out or repeats a turn of the {message['role']}")
+        reasoning = message.get("reasoning_content", "").strip()
+        if index == last and reasoning and "reasoning_content" not in parts:
+            raise BadRow(
+                "the chat template leaves out the reasoning before the last answer; take it out of "
+                "the data, or choose a template that writes it"
+            )
 
 
 def _shape(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:

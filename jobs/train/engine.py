@@ -5,6 +5,8 @@ The reference for every other engine, and the only one without a GPU.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from jobs.data.conversation import BadRow
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import AccessError
 from jobs.spec import Lora
@@ -125,12 +128,12 @@ def load_hf_tokenizer(folder: Path, tokenizer: ChatTokenizer) -> PreTrainedToken
     """
     hf: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     hf.chat_template = tokenizer.template.source
-    messages = [
-        {"role": "user", "content": " Hello,  world 1234!\n\tÄ 你好 🚀 "},
-        {"role": "assistant", "content": "It's a test: <b>naïve</b> café."},
-    ]
-    text = tokenizer.template.render(messages)
-    theirs = hf.apply_chat_template(messages, tokenize=False)
+    text = theirs = " Hello,  world 1234!\n\tÄ 你好 🚀 It's a test: <b>naïve</b> café."
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+    today = datetime.combine(tokenizer.template.today, time()).strftime
+    with suppress(BadRow):  # a template that takes no such conversation is compared as text alone
+        text = tokenizer.template.render(messages)
+        theirs = hf.apply_chat_template(messages, tokenize=False, strftime_now=today)
     ids = hf(text, add_special_tokens=False)["input_ids"]
     if theirs != text or ids != tokenizer.ids_of(text):
         raise AccessError(

@@ -12,7 +12,7 @@ from jobs.data.conversation import BadRow, Conversation, Message
 from jobs.data.labels import IGNORE, label
 from jobs.data.template import ChatTemplate
 from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
-from tests.conftest import BASE
+from tests.conftest import BASE, ROOT
 
 END = "<|im_end|>"
 CHATML = load_tokenizer(BASE)
@@ -158,3 +158,100 @@ def test_any_conversation_is_labelled_exactly_or_refused(messages: list[Message]
         ids = labelled.input_ids[turn.start : turn.end]
         assert ids[-1] in CHATML.stop_ids
         assert ids == CHATML.ids_of(answer + END)
+
+
+THINK: Message = {"role": "assistant", "content": "Hello!", "reasoning_content": "A greeting."}
+CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "x"}}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([*chat("Hi."), THINK], "leaves out the reasoning"),
+        ([*chat("What time?"), CALL], "leaves out an assistant's tool calls"),
+    ],
+    ids=["reasoning", "tool call"],
+)
+def test_a_template_without_a_place_for_it_does_not_drop_it(
+    messages: list[Message], reason: str
+) -> None:
+    with pytest.raises(BadRow, match=reason):
+        label(CHATML, Conversation(tuple(messages)), "responses")
+
+
+def test_a_template_that_drops_a_question_is_refused() -> None:
+    deaf = with_template(
+        "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>{% endif %}{% endfor %}"
+    )
+    messages = [*chat("Hi.", "Hello!"), {"role": "tool", "content": "12:00"}, *chat("x", "y")[1:]]
+    with pytest.raises(BadRow, match="a turn of the tool"):
+        label(deaf, Conversation(tuple(messages)), "responses")
+
+
+def test_named_chatml_trains_reasoning_and_tool_calls_whole() -> None:
+    tokenizer = load_tokenizer(BASE, "chatml")
+    messages = [*chat("What time?"), CALL, {"role": "tool", "content": "12:00"}, THINK]
+    labelled = label(tokenizer, Conversation(tuple(messages)), "responses")
+    call, answer = (turn.text for turn in labelled.turns)
+    assert call.startswith("<tool_call>\n")
+    assert '"clock"' in call
+    assert call.endswith("</tool_call>" + END)
+    assert answer == "<think>\nA greeting.\n</think>\n\nHello!" + END
+
+
+def test_weight_0_turns_are_context_only() -> None:
+    messages = chat("Hi.", "Hello!", "And you?", "I am well.")
+    labelled = label(CHATML, Conversation(tuple(messages), untrained=frozenset({1})), "responses")
+    assert [turn.text for turn in labelled.turns] == ["I am well." + END]
+
+
+def test_an_answer_that_holds_the_end_token_is_refused() -> None:
+    with pytest.raises(BadRow, match="in its own text"):
+        label(CHATML, Conversation(tuple(chat("Hi.", f"Hello{END}Bye"))), "responses")
+
+
+def test_a_plain_text_is_trained_whole_and_ends() -> None:
+    labelled = label(CHATML, Conversation(text="Once upon a time."), "responses")
+    assert labelled.labels == labelled.input_ids
+    assert CHATML.text_of(labelled.input_ids) == "Once upon a time." + END
+
+
+def test_the_date_of_a_template_is_pinned() -> None:
+    dated = with_template(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    labelled = label(dated, Conversation(tuple(chat("Hi.", "Hello!"))), "responses")
+    assert labelled.text.startswith("01 Jan 2025<|im_start|>")
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data sets are not in {SHARED}")
+@pytest.mark.parametrize(
+    "name",
+    ["alpaca_en_demo.json", "alpaca_zh_demo.json", "identity.json", "glaive_toolcall_en_demo.json",
+     "v1_sft_demo.jsonl", "reason_tool_use_demo_50.jsonl", "wiki_demo.txt"],
+)  # fmt: skip
+def test_every_row_of_the_real_sets_is_labelled(name: str) -> None:
+    from jobs.data.formats import detect_format, to_conversation
+    from jobs.data.read import read_rows
+    from jobs.spec import Source
+
+    tokenizer = load_tokenizer(BASE, "chatml")
+    form = None
+    for row in read_rows(Source(source=str(SHARED / name))):
+        form = form or detect_format(row.value, {})
+        conversation = to_conversation(row.value, form, {})
+        labelled = label(tokenizer, conversation, "responses")
+        answers = [m for m in conversation.messages if m["role"] == "assistant"]
+        if conversation.text is None:
+            assert len(labelled.turns) == len(answers) - len(conversation.untrained)
+            for turn in labelled.turns:
+                assert labelled.input_ids[turn.end - 1] in tokenizer.stop_ids

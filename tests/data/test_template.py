@@ -32,7 +32,9 @@ def test_it_renders_as_transformers_does(name: str, prompt: bool) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    ours = ChatTemplate(TEMPLATES[name], special, name).render(MESSAGES, add_generation_prompt=prompt)
+    ours = ChatTemplate(TEMPLATES[name], special, name).render(
+        MESSAGES, add_generation_prompt=prompt
+    )
     theirs, _ = render_jinja_template(
         [MESSAGES], chat_template=TEMPLATES[name], add_generation_prompt=prompt, **special
     )
