@@ -167,7 +167,6 @@ def trl(folder: Path, lap: Clock) -> tuple[int, int, int]:
 
 
 def unsloth(folder: Path, lap: Clock) -> tuple[int, int, int]:
-    import unsloth as _  # type: ignore[import-not-found]  # before trl: it patches it
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer

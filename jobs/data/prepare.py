@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from multiprocessing import get_context
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class Chunk:
     bad: list[tuple[int, str]]  # index in the chunk, reason
     too_long: list[int]
     cut: int
-    conversations: list[Conversation]  # of the first examples
+    # The first examples, and those with the lowest places, which are the held-out ones.
+    conversations: list[tuple[float, Conversation]]
 
 
 @dataclass
@@ -85,7 +87,9 @@ class Labeller:
         self._recipe = recipe
         self._tokenizer = tokenizer or recipe.tokenizer.load()
 
-    def chunk(self, values: Sequence[Any], form: RecordFormat, columns: dict[str, str]) -> Chunk:
+    def chunk(
+        self, values: Sequence[Any], form: RecordFormat, columns: dict[str, str], keep: bool
+    ) -> Chunk:
         ids: list[int] = []
         lengths: list[int] = []
         spans: list[int] = []
@@ -94,7 +98,7 @@ class Labeller:
         bad: list[tuple[int, str]] = []
         too_long: list[int] = []
         cut = 0
-        kept: list[Conversation] = []
+        kept: list[tuple[float, Conversation]] = []
         limit = self._recipe.max_seq_length
         for index, value in enumerate(values):
             try:
@@ -117,8 +121,8 @@ class Labeller:
             spans += edges
             span_counts.append(len(edges))
             places.append(_place(conversation, self._recipe.seed))
-            if len(kept) < KEPT and conversation.messages:
-                kept.append(conversation)
+            if conversation.messages:
+                kept.append((places[-1], conversation))
         return Chunk(
             np.array(ids, np.int32),
             np.array(lengths, np.int32),
@@ -128,7 +132,9 @@ class Labeller:
             bad,
             too_long,
             cut,
-            kept,
+            [*kept[: 2 * KEPT], *sorted(kept[2 * KEPT :], key=itemgetter(0))[:KEPT]]
+            if keep
+            else [],
         )
 
 
@@ -169,10 +175,9 @@ def prepare(
             held = chunk.places < share if side == "train" else np.ones(len(chunk.places), bool)
             train.add(chunk.ids, chunk.lengths, chunk.spans, chunk.span_counts, chunk.places, ~held, number)  # fmt: skip
             held_out.add(chunk.ids, chunk.lengths, chunk.spans, chunk.span_counts, chunk.places, held, number)  # fmt: skip
-            if len(kept["train"]) < KEPT or len(kept["eval"]) < KEPT:
-                for conversation in chunk.conversations:
-                    is_held = side == "eval" or _place(conversation, recipe.seed) < share
-                    kept["eval" if is_held else "train"].append(conversation)
+            for place, conversation in chunk.conversations:
+                is_held = side == "eval" or place < share
+                kept["eval" if is_held else "train"].append(conversation)
 
         _label_all(data.train, "train", data, counts, submit, take, advance)
         if isinstance(data.eval, list):
@@ -210,7 +215,7 @@ def _label_all(
 ) -> None:
     for number, source in enumerate(sources):
         before = counts.rows
-        form = source.format
+        forms: dict[str, RecordFormat] = {}  # of each file: a folder may hold several kinds
         waiting: deque[tuple[list[Row], Future[Chunk] | Chunk]] = deque()
 
         def finish(number: int = number, waiting: deque[tuple[list[Row], Any]] = waiting) -> None:
@@ -221,22 +226,32 @@ def _label_all(
             advance(len(rows))
 
         for rows in _chunks(read_rows(source)):
-            if form == "auto":
-                form = _detect(rows[0], source)
+            form = _form_of(rows[0], source, forms)
             waiting.append((rows, submit(rows, form, source.columns)))
             if len(waiting) > 2 * _cores():
                 finish()
         while waiting:
             finish()
+        form_names = " and ".join(dict.fromkeys(forms.values()))
+        rows_read = counts.rows - before
         counts.sources.append(
-            {"source": source.source, "side": side, "format": form, "rows": counts.rows - before}
+            {"source": source.source, "side": side, "format": form_names, "rows": rows_read}
         )
     _refuse_bad(counts, data.skip_bad_rows)
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while chunk := list(islice(rows, CHUNK)):
-        yield chunk
+    """Up to CHUNK rows of one file at a time."""
+    for _, of_file in groupby(rows, key=attrgetter("file")):
+        while chunk := list(islice(of_file, CHUNK)):
+            yield chunk
+
+
+def _form_of(row: Row, source: Source, forms: dict[str, RecordFormat]) -> RecordFormat:
+    """The format of the row's file, seen in its first row unless the spec says it."""
+    if row.file not in forms:
+        forms[row.file] = _detect(row, source) if source.format == "auto" else source.format
+    return forms[row.file]
 
 
 def _detect(row: Row, source: Source) -> RecordFormat:
@@ -295,7 +310,7 @@ def _start_process(recipe: Recipe) -> None:
 
 def _in_process(values: list[Any], form: RecordFormat, columns: dict[str, str]) -> Chunk:
     assert _of_process is not None
-    return _of_process.chunk(values, form, columns)
+    return _of_process.chunk(values, form, columns, keep=False)
 
 
 @contextmanager
@@ -312,7 +327,7 @@ def _labelling(recipe: Recipe, tokenizer: ChatTokenizer | None) -> Iterator[Subm
         values = [row.value for row in rows]
         seen += len(rows)
         if seen <= POOL_FROM or _cores() == 1:
-            return here.chunk(values, form, columns)
+            return here.chunk(values, form, columns, keep=True)
         if pool is None:
             # Spawned, not forked: torch's threads would not survive a fork.
             pool = ProcessPoolExecutor(
@@ -383,11 +398,8 @@ def first_conversations(data: Data, count: int) -> Iterator[tuple[str, Conversat
     )
     forms: dict[str, RecordFormat] = {}
     for row, source in islice(rows, count):
-        if source.source not in forms:
-            forms[source.source] = (
-                _detect(row, source) if source.format == "auto" else source.format
-            )
+        form = _form_of(row, source, forms)
         try:
-            yield row.place, to_conversation(row.value, forms[source.source], source.columns)
+            yield row.place, to_conversation(row.value, form, source.columns)
         except BadRow as reason:
             yield row.place, reason

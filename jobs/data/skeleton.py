@@ -82,6 +82,7 @@ class TurnFinder:
         self._header_of = lru_cache(maxsize=4096)(self._make_header)
         # `last_end` ends the last turn of a conversation; the tokens that end earlier ones are
         # nearly always the same.
+        self._closings: frozenset[str] = frozenset()
         self.last_end, self.end_tokens, self._leaves_last_open = self._find_end_tokens()
 
     def find(
@@ -169,14 +170,17 @@ class TurnFinder:
         """
         while at < len(text) and text[at].isspace():
             at += 1
+        for closing in self._closings:
+            if text.startswith(closing, at):
+                return at + len(closing)
         found = self._special.match(text, at)
-        if found is None or found[0] not in self.end_tokens:
+        if found is None or found[0] not in self.end_tokens | self._stop_texts:
             raise BadRow(NO_END)
         return found.end()
 
     def _first_end(self, text: str, low: int, high: int) -> int:
         for found in self._special.finditer(text, low, high):
-            if found[0] in self.end_tokens:
+            if found[0] in self.end_tokens | self._stop_texts:
                 return found.end()
         raise BadRow(NO_END)
 
@@ -226,6 +230,9 @@ class TurnFinder:
             if earlier not in {last, *self._stop_texts} and earlier != self._token_at(prompt):
                 # It may belong to the next turn's header, and then it ends nothing.
                 earlier = self._token_at(self._without_header(between, header))
+            closings = [self._closing(literal) for literal in (between, rest)]
+            self._closings = frozenset(text for text, _ in closings if text)
+            earlier, last = closings[0][1] or earlier, closings[1][1] or last
             found = frozenset(token for token in (earlier, last) if token is not None)
             return last or earlier, found, last is None and earlier is not None
         return None, frozenset(), False
@@ -234,6 +241,18 @@ class TurnFinder:
         """The special token that the literal begins with, white space aside."""
         found = self._special.match(literal.lstrip())
         return found[0] if found else None
+
+    def _closing(self, literal: str) -> tuple[str, str | None]:
+        """What the template writes up to the token that stops the model, and that token.
+
+        Only where other tokens come first: Command R7B's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>.
+        """
+        run = literal.split(maxsplit=1)[0] if literal.strip() else ""
+        tokens = list(self._special.finditer(run))
+        if not tokens or tokens[0].start() != 0 or tokens[0][0] in self._stop_texts:
+            return "", None
+        stop = next((found for found in tokens if found[0] in self._stop_texts), None)
+        return (run[: stop.end()], stop[0]) if stop else ("", None)
 
     def _without_header(self, between: str, header: str) -> str:
         """What stands between an answer and the next user's text, less that user's header."""

@@ -219,3 +219,14 @@ def test_packed_rows_hold_each_conversation_once_and_whole(
             at += length
     assert sorted(pieces) == sorted((row["input_ids"], row["labels"]) for row in rows)
     assert lengths_of(rows).tolist() == [len(row["input_ids"]) for row in rows]
+
+
+def test_the_first_conversations_of_both_sides_are_kept_to_ask_the_model_about(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path, write(tmp_path / "a.jsonl", ANSWERS), eval=0.1)
+    first = json.loads((tmp_path / "out" / "first.json").read_text())
+    held_out = load_rows(tmp_path / "out" / "eval.arrow")
+    assert held_out is not None
+    assert len(first["train"]) == 8
+    assert len(first["eval"]) == min(8, len(held_out))
