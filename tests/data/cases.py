@@ -57,7 +57,7 @@ ENDS = {
     "llama-cpp-rwkv": ("</s>",),
     "meetkai": ("<|eot_id|>", "<|eom_id|>"),
     "meta-llama": ("<|eot_id|>", "<|eom_id|>"),
-    "microsoft-Phi": ("<|end|>",),
+    "microsoft-Phi": ("<|endoftext|>", "<|end|>"),
     "mistralai": ("</s>",),
     "muse": ("<|eot|>",),
     "openai-gpt-oss": ("<|return|>", "<|end|>", "<|call|>"),
@@ -110,7 +110,7 @@ def tokenizer_of(folder: Path, path: Path, stops: Iterable[str] | None = None) -
     else:  # the big ones get the tokens of all templates at once: adding some takes long
         backend = _backend(folder, _all_markers())
     texts = ends if stops is None else tuple(stops)
-    ids = frozenset(backend.token_to_id(text) for text in texts)
+    ids = frozenset(i for text in texts if (i := backend.token_to_id(text)) is not None)
     return ChatTokenizer(backend, ChatTemplate(source, special, path.stem), special, ids)
 
 
@@ -226,7 +226,7 @@ def cases_for(tokenizer: ChatTokenizer) -> list[Case]:
 
 
 def renderer(template: ChatTemplate) -> Render:
-    return lambda messages, tools, prompt: template.render(messages, tools, prompt)
+    return template.render
 
 
 @dataclass(frozen=True)
