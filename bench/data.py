@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -70,7 +71,9 @@ def conversations(count: int, seed: int, long: bool) -> Iterator[Turns]:
     for _ in range(count):
         turns: Turns = [("system", draw.choice(SYSTEMS))] if long else []
         for _ in range(draw.randint(1, 3) if long else 1):
-            turns.append(("user", " ".join(draw.choices(pool, k=draw.randint(1, 2 if long else 1)))))
+            turns.append(
+                ("user", " ".join(draw.choices(pool, k=draw.randint(1, 2 if long else 1))))
+            )
             turns.append(
                 ("assistant", " ".join(draw.choices(pool, k=draw.randint(1, 6 if long else 1))))
             )
@@ -159,9 +162,7 @@ def trl(folder: Path, lap: Clock) -> tuple[int, int, int]:
     lap("start")
     dataset = load_dataset("json", data_files=str(folder / "messages.jsonl"), split="train")
     lap("`load_dataset`")
-    trainer = SFTTrainer(
-        model, args=arguments, train_dataset=dataset, processing_class=tokenizer
-    )
+    trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     lap("`SFTTrainer(...)`")
     return counted(trainer.train_dataset)
 
@@ -196,9 +197,7 @@ def unsloth(folder: Path, lap: Clock) -> tuple[int, int, int]:
     lap("`standardize_sharegpt`")
     dataset = dataset.map(render, batched=True, num_proc=PROCESSES)
     lap("`apply_chat_template`")
-    trainer = SFTTrainer(
-        model, args=arguments, train_dataset=dataset, processing_class=tokenizer
-    )
+    trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=tokenizer)
     lap("`SFTTrainer(...)`")
     trainer = train_on_responses_only(
         trainer, instruction_part="<|im_start|>user\n", response_part="<|im_start|>assistant\n",
@@ -227,7 +226,7 @@ def contend(name: str, folder: Path) -> None:
     result = {
         "seconds": laps[-1][1] - laps[0][1],
         "processor": laps[-1][2] - laps[0][2],
-        "parts": {b[0]: b[1] - a[1] for a, b in zip(laps, laps[1:], strict=False)},
+        "parts": {b[0]: b[1] - a[1] for a, b in pairwise(laps)},
         "counts": [rows, tokens, trained],
     }
     print(json.dumps(result))
@@ -403,7 +402,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--many", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

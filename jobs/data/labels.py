@@ -111,7 +111,7 @@ def _tokens(
         turns.append(Turn(start, end, text[answer.start : answer.end]))
     ids = list(encoding.ids)
     for turn in turns:
-        if any(ids[i] in tokenizer.stop_ids for i in range(turn.start, turn.end - 1)):
+        if not tokenizer.stop_ids.isdisjoint(ids[turn.start : turn.end - 1]):
             raise BadRow("an assistant turn holds the end-of-turn token in its own text")
     return ids, turns
 

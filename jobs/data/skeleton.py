@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any
 
 from jobs.data.conversation import BadRow, Message
@@ -322,7 +323,7 @@ def _forms(text: str, role: str) -> list[str]:
     if text[0].isspace() or text[-1].isspace():
         forms += [text.strip(), text.lstrip(), text.rstrip(), text.strip("\n")]
     if role != "assistant":
-        forms += [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
+        forms += [encode_basestring(text)[1:-1], encode_basestring_ascii(text)[1:-1]]
     return list(dict.fromkeys(forms))
 
 
