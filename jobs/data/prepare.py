@@ -144,10 +144,16 @@ def _place(conversation: Conversation, seed: int) -> float:
     It decides on which side of the split a conversation is: so it stays there when others are
     added, and a duplicate is never on both sides.
     """
-    said = [seed, conversation.messages, conversation.tools, conversation.text]
-    text = json.dumps(said, ensure_ascii=False, sort_keys=True, default=str)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64
+    parts = [str(seed), conversation.text or ""]
+    for message in conversation.messages:
+        if len(message) == 2:  # role and content, as nearly always
+            parts += message.values()
+        else:
+            parts.append(json.dumps(message, ensure_ascii=False, sort_keys=True))
+    if conversation.tools:
+        parts.append(json.dumps(conversation.tools, ensure_ascii=False, sort_keys=True))
+    text = "\0".join(parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
 def prepare(

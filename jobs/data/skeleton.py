@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring, encode_basestring_ascii
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.data.conversation import BadRow, Message
 from jobs.data.template import ChatTemplate
@@ -56,8 +56,7 @@ class _Skeleton:
     marks: tuple[tuple[int, str], ...]  # (message, field) in the order in which they are written
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     message: int
     field: str
     start: int
@@ -118,7 +117,6 @@ class TurnFinder:
     ) -> list[Answer]:
         shape = _shape(messages, tools)
         skeleton = self._skeleton_of(shape)
-        _require_all_written(messages, set(skeleton.marks))
         places = _fit(text, skeleton, messages)
         return [
             self._answer(text, places, index, message, shape)
@@ -197,7 +195,9 @@ class TurnFinder:
                     marks.append((index, field))
             masked.append(copy)
         parts = _MARK.split(self._template.render(masked, known["tools"]))
-        return _Skeleton(tuple(parts[::2]), tuple(marks[int(number)] for number in parts[1::2]))
+        written = tuple(marks[int(number)] for number in parts[1::2])
+        _require_all_written(known["messages"], set(written))
+        return _Skeleton(tuple(parts[::2]), written)
 
     def _make_header(self, shape: str, index: int) -> str:
         """What the template writes to prompt for message `index`."""
@@ -270,14 +270,16 @@ class TurnFinder:
 def _require_all_written(messages: Sequence[Message], written: set[tuple[int, str]]) -> None:
     """Nothing that was said may be missing: an answer would be trained without its question.
 
+    `messages` are a shape's, with True in place of each text.
+
     Reasoning before earlier answers may be: the models it is meant for see it so.
     """
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
     for index, message in enumerate(messages):
         parts = {field for number, field in written if number == index}
-        if message.get("content", "").strip() and not parts - {"reasoning_content"}:
+        if message.get("content") is True and not parts - {"reasoning_content"}:
             raise BadRow(f"the chat template leaves out or repeats a turn of the {message['role']}")
-        reasoning = message.get("reasoning_content", "").strip()
+        reasoning = message.get("reasoning_content") is True
         if index == last and reasoning and "reasoning_content" not in parts:
             raise BadRow(
                 "the chat template leaves out the reasoning before the last answer; take it out of "
@@ -286,15 +288,18 @@ def _require_all_written(messages: Sequence[Message], written: set[tuple[int, st
 
 
 def _shape(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
-    """The conversation with True in place of each text; white space alone stays as it is."""
+    """The conversation as JSON, with true in place of each text; white space alone stays as it is."""
     masked = []
     for message in messages:
+        if len(message) == 2 and message["content"].strip():  # role and content, as nearly always
+            masked.append(f'{{"role": "{message["role"]}", "content": true}}')
+            continue
         copy = dict(message)
         for field in TEXTS:
             if copy.get(field, "").strip():
                 copy[field] = True
-        masked.append(copy)
-    return json.dumps({"messages": masked, "tools": list(tools)})
+        masked.append(json.dumps(copy))
+    return f'{{"messages": [{", ".join(masked)}], "tools": {json.dumps(tools) if tools else "[]"}}}'
 
 
 def _fit(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> list[_Place]:
@@ -302,13 +307,19 @@ def _fit(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> list[_P
     first = skeleton.literals[0]
     ways: list[tuple[int, list[_Place]]] = [(len(first), [])] if text.startswith(first) else []
     for (message, field), literal in zip(skeleton.marks, skeleton.literals[1:], strict=True):
-        forms = _forms(messages[message][field], messages[message]["role"])
-        ways = [
-            (at + len(form) + len(literal), [*way, _Place(message, field, at, at + len(form))])
-            for at, way in ways
-            for form in forms
-            if text.startswith(form, at) and text.startswith(literal, at + len(form))
-        ]
+        said = messages[message][field]
+        found: list[tuple[int, list[_Place]]] = []
+        # Inside JSON only where it stands in no plainer form: a text and its JSON differ, so that
+        # no place can hold both.
+        for forms in (_plain_forms, _json_forms):
+            for form in forms(said):
+                for at, way in ways:
+                    end = at + len(form)
+                    if text.startswith(form, at) and text.startswith(literal, end):
+                        found.append((end + len(literal), [*way, _Place(message, field, at, end)]))
+            if found or messages[message]["role"] == "assistant":
+                break
+        ways = found
         if len(ways) > 64:
             break
     ways = [(at, way) for at, way in ways if at == len(text)]
@@ -317,13 +328,17 @@ def _fit(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> list[_P
     return ways[0][1]
 
 
-def _forms(text: str, role: str) -> list[str]:
-    """How a template may write a text: as it is, trimmed, and inside JSON where no model wrote it."""
-    forms = [text]
-    if text[0].isspace() or text[-1].isspace():
-        forms += [text.strip(), text.lstrip(), text.rstrip(), text.strip("\n")]
-    if role != "assistant":
-        forms += [encode_basestring(text)[1:-1], encode_basestring_ascii(text)[1:-1]]
+def _plain_forms(text: str) -> list[str]:
+    """How a template may write a text: as it is, or trimmed."""
+    if not (text[0].isspace() or text[-1].isspace()):
+        return [text]
+    forms = (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"))
+    return list(dict.fromkeys(forms))
+
+
+def _json_forms(text: str) -> list[str]:
+    """How a template may write what no model wrote into JSON of its own: a tool's result."""
+    forms = (encode_basestring(text)[1:-1], encode_basestring_ascii(text)[1:-1])
     return list(dict.fromkeys(forms))
 
 
