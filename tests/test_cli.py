@@ -477,6 +477,9 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_nothing_half(desk: Desk) -
     with subprocess.Popen(
         [sys.executable, str(ROOT / "entrypoint.py"), "run", "spec.yaml", "--work", str(desk.work)],
         cwd=desk.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A test run in the background of a shell is started with the signal ignored, and so would
+        # the job be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
