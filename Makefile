@@ -14,7 +14,7 @@ TORCH_CPU_HASH := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b26466
 .PHONY: help setup demo test lint lock tools clean
 
 help:
-	@echo "make demo    the whole job on this machine: about 4 minutes the first time, then seconds"
+	@echo "make demo    the whole job on this machine: about 3 minutes the first time, then a second"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make tools   build llama.cpp now"
