@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ class BaseModel:
     folder: Path
     config: dict[str, Any]
 
+    @cached_property
     def content_key(self) -> str:
-        """Identifies weights, configuration and tokenizer by their bytes."""
+        """Identifies weights, configuration and tokenizer by their bytes; read once."""
         return key_of([[f["path"], f["sha256"]] for f in file_entries(self.folder)])
 
     def weight_bytes(self) -> int:

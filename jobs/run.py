@@ -140,7 +140,7 @@ def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -
 
     packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     inputs = {
-        "base": ready.base.content_key(),
+        "base": ready.base.content_key,
         "data": data.content_key,
         "load_in": spec.model.load_in,
         "lora": spec.lora.model_dump(mode="json"),
@@ -187,7 +187,7 @@ def _merge(spec: Spec, ready: Ready, stages: Stages, adapter: Done, trained: Don
 
     inputs = {
         "adapter": adapter.content_key,
-        "base": ready.base.content_key(),
+        "base": ready.base.content_key,
         "quantized": trained.result["quantized_modules"],
         "code": _code_key("export"),
     }

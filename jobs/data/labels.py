@@ -67,6 +67,9 @@ def label(tokenizer: ChatTokenizer, conversation: Conversation, loss_on: str) ->
     if loss_on == "last_response":
         trained = trained[-1:]
     ids, turns = _tokens(tokenizer, text, trained)
+    for turn in turns:
+        if not tokenizer.stop_ids.isdisjoint(ids[turn.start : turn.end - 1]):
+            raise BadRow("an assistant turn holds the end-of-turn token in its own text")
     bos = tokenizer.bos_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise BadRow("the chat template and the text both write the beginning-of-sequence token")
@@ -109,11 +112,7 @@ def _tokens(
         if (encoding.token_to_chars(last) or (-1, -1))[1] != answer.end:
             raise BadRow("an end-of-turn token goes on into the text after it")
         turns.append(Turn(start, end, text[answer.start : answer.end]))
-    ids = list(encoding.ids)
-    for turn in turns:
-        if not tokenizer.stop_ids.isdisjoint(ids[turn.start : turn.end - 1]):
-            raise BadRow("an assistant turn holds the end-of-turn token in its own text")
-    return ids, turns
+    return list(encoding.ids), turns
 
 
 def _in_pieces(
