@@ -113,7 +113,8 @@ Clock = Callable[[str], None]  # the name of the part that has just ended
 
 
 def ours(folder: Path, lap: Clock) -> tuple[int, int, int]:
-    from jobs.data.prepare import Recipe, prepare
+    from jobs.data.chunks import Recipe
+    from jobs.data.prepare import prepare
     from jobs.data.tokenizer import TokenizerFiles
     from jobs.spec import Data
 

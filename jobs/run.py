@@ -14,7 +14,8 @@ from typing import Any
 
 from jobs import __version__
 from jobs.base_model import copy_tokenizer, settle_stops
-from jobs.data.prepare import Recipe, prepare
+from jobs.data.chunks import Recipe
+from jobs.data.prepare import prepare
 from jobs.data.read import source_files
 from jobs.errors import VerificationError, bullet_list
 from jobs.observe.answers_table import write_answers

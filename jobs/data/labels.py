@@ -96,6 +96,9 @@ def _tokens(
     ones are one token, the text is tokenized in two pieces at that place, as it is when a server
     tokenizes the prompt and the model goes on from it.
     """
+    quick = _by_words(tokenizer, text, answers)
+    if quick:
+        return quick
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     turns = []
     for answer in answers:
@@ -113,6 +116,22 @@ def _tokens(
             raise BadRow("an end-of-turn token goes on into the text after it")
         turns.append(Turn(start, end, text[answer.start : answer.end]))
     return list(encoding.ids), turns
+
+
+def _by_words(
+    tokenizer: ChatTokenizer, text: str, answers: list[Answer]
+) -> tuple[list[int], list[Turn]] | None:
+    """The same, where every answer begins and ends with a word; None where that is not known."""
+    words = tokenizer.words.encode(text) if tokenizer.words else None
+    if words is None:
+        return None
+    turns = []
+    for answer in answers:
+        start, end = words.token_at(answer.start), words.token_at(answer.end)
+        if start is None or end is None:
+            return None
+        turns.append(Turn(start, end, text[answer.start : answer.end]))
+    return words.ids, turns
 
 
 def _in_pieces(

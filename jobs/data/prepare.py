@@ -6,65 +6,31 @@ files: a million conversations cost disk, not memory.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
-from multiprocessing import get_context
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jobs.data.arrow import ExampleWriter, move_one
+from jobs.data.chunks import KEPT, Chunk, Recipe
 from jobs.data.conversation import BadRow, Conversation
 from jobs.data.formats import detect_format, to_conversation
-from jobs.data.labels import label
+from jobs.data.pool import CHUNK, Submit, cores, labelling
 from jobs.data.read import Row, read_rows
-from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
+from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import DataError, bullet_list
 from jobs.spec import Data, RecordFormat, Source
 
 Advance = Callable[[int], None]
 
-CHUNK = 256  # rows that one process labels at a time
-POOL_FROM = 8 * CHUNK  # fewer rows are done before other processes have started
-KEPT = 8  # conversations kept as they are, to ask the model about
 SHOWN = 20  # bad rows that are told one by one
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that labelling depends on besides the rows: what other processes get."""
-
-    tokenizer: TokenizerFiles
-    loss_on: str
-    max_seq_length: int
-    too_long: str
-    seed: int
-
-
-@dataclass
-class Chunk:
-    """Labelled rows: flat arrays, because they travel between processes."""
-
-    ids: NDArray[np.int32]
-    lengths: NDArray[np.int32]
-    spans: NDArray[np.int32]
-    span_counts: NDArray[np.int32]
-    places: NDArray[np.float64]  # in [0, 1), one for each example
-    bad: list[tuple[int, str]]  # index in the chunk, reason
-    too_long: list[int]
-    cut: int
-    # The first examples, and those with the lowest places, which are the held-out ones.
-    conversations: list[tuple[float, Conversation]]
 
 
 @dataclass
@@ -78,82 +44,6 @@ class Counts:
     bad: int = 0
     bad_shown: list[str] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
-
-
-class Labeller:
-    """Rows -> chunks, in this process."""
-
-    def __init__(self, recipe: Recipe, tokenizer: ChatTokenizer | None = None) -> None:
-        self._recipe = recipe
-        self._tokenizer = tokenizer or recipe.tokenizer.load()
-
-    def chunk(
-        self, values: Sequence[Any], form: RecordFormat, columns: dict[str, str], keep: bool
-    ) -> Chunk:
-        ids: list[int] = []
-        lengths: list[int] = []
-        spans: list[int] = []
-        span_counts: list[int] = []
-        places: list[float] = []
-        bad: list[tuple[int, str]] = []
-        too_long: list[int] = []
-        cut = 0
-        kept: list[tuple[float, Conversation]] = []
-        limit = self._recipe.max_seq_length
-        for index, value in enumerate(values):
-            try:
-                conversation = to_conversation(value, form, columns)
-                labelled = label(self._tokenizer, conversation, self._recipe.loss_on)
-            except BadRow as reason:
-                bad.append((index, str(reason)))
-                continue
-            row, edges = labelled.input_ids, labelled.spans
-            if len(row) > limit:
-                # Never cut through an answer: it would lose its end-of-turn token.
-                ends = [end for end in edges[1::2] if end <= limit]
-                if self._recipe.too_long != "truncate" or not ends:
-                    too_long.append(index)
-                    continue
-                row, edges = row[: ends[-1]], edges[: 2 * len(ends)]
-                cut += 1
-            ids += row
-            lengths.append(len(row))
-            spans += edges
-            span_counts.append(len(edges))
-            places.append(_place(conversation, self._recipe.seed))
-            if conversation.messages:
-                kept.append((places[-1], conversation))
-        return Chunk(
-            np.array(ids, np.int32),
-            np.array(lengths, np.int32),
-            np.array(spans, np.int32),
-            np.array(span_counts, np.int32),
-            np.array(places, np.float64),
-            bad,
-            too_long,
-            cut,
-            [*kept[: 2 * KEPT], *sorted(kept[2 * KEPT :], key=itemgetter(0))[:KEPT]]
-            if keep
-            else [],
-        )
-
-
-def _place(conversation: Conversation, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the conversation and the seed.
-
-    It decides on which side of the split a conversation is: so it stays there when others are
-    added, and a duplicate is never on both sides.
-    """
-    parts = [str(seed), conversation.text or ""]
-    for message in conversation.messages:
-        if len(message) == 2:  # role and content, as nearly always
-            parts += message.values()
-        else:
-            parts.append(json.dumps(message, ensure_ascii=False, sort_keys=True))
-    if conversation.tools:
-        parts.append(json.dumps(conversation.tools, ensure_ascii=False, sort_keys=True))
-    text = "\0".join(parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 
 
 def prepare(
@@ -174,7 +64,7 @@ def prepare(
     with (
         ExampleWriter(out / "train.arrow") as train,
         ExampleWriter(out / "eval.arrow") as held_out,
-        _labelling(recipe, tokenizer) as submit,
+        labelling(recipe, tokenizer) as submit,
     ):
 
         def take(chunk: Chunk, number: int, sources: Sequence[Source], side: str) -> None:
@@ -206,7 +96,6 @@ def prepare(
     return _summary(counts, train, held_out, recipe.max_seq_length)
 
 
-Submit = Callable[[list[Row], RecordFormat, dict[str, str]], "Future[Chunk] | Chunk"]
 Take = Callable[[Chunk, int, Sequence[Source], str], None]
 
 
@@ -234,7 +123,7 @@ def _label_all(
         for rows in _chunks(read_rows(source)):
             form = _form_of(rows[0], source, forms)
             waiting.append((rows, submit(rows, form, source.columns)))
-            if len(waiting) > 2 * _cores():
+            if len(waiting) > 2 * cores():
                 finish()
         while waiting:
             finish()
@@ -300,52 +189,6 @@ def _refuse_bad(counts: Counts, allowed: float) -> None:
         f"{rows} of {counts.rows} cannot be used{more}:\n{bullet_list(lines, limit=SHOWN + 1)}",
         "mend or remove them, or let some be skipped with data.skip_bad_rows",
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_of_process: Labeller | None = None
-
-
-def _start_process(recipe: Recipe) -> None:
-    global _of_process  # noqa: PLW0603 - a process of the pool has one labeller
-    _of_process = Labeller(recipe)
-
-
-def _in_process(values: list[Any], form: RecordFormat, columns: dict[str, str]) -> Chunk:
-    assert _of_process is not None
-    return _of_process.chunk(values, form, columns, keep=False)
-
-
-@contextmanager
-def _labelling(recipe: Recipe, tokenizer: ChatTokenizer | None) -> Iterator[Submit]:
-    """A function that labels rows: here at first, in processes of its own when there are many."""
-    here = Labeller(recipe, tokenizer)
-    pool: ProcessPoolExecutor | None = None
-    seen = 0
-
-    def submit(
-        rows: list[Row], form: RecordFormat, columns: dict[str, str]
-    ) -> Future[Chunk] | Chunk:
-        nonlocal pool, seen
-        values = [row.value for row in rows]
-        seen += len(rows)
-        if seen <= POOL_FROM or _cores() == 1:
-            return here.chunk(values, form, columns, keep=True)
-        if pool is None:
-            # Spawned, not forked: torch's threads would not survive a fork.
-            pool = ProcessPoolExecutor(
-                _cores(), get_context("spawn"), initializer=_start_process, initargs=(recipe,)
-            )
-        return pool.submit(_in_process, values, form, columns)
-
-    try:
-        yield submit
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
 
 
 def _keep_order(sources: list[Source], train: ExampleWriter, seed: int, out: Path) -> None:

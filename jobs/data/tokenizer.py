@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from jobs.data.named_templates import FAMILIES, resolve_template
 from jobs.data.skeleton import TurnFinder
 from jobs.data.template import DEFAULT_DATE, ChatTemplate
+from jobs.data.words import WordEncoder
 from jobs.errors import AccessError, SpecError
 
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -36,6 +37,11 @@ class ChatTokenizer:
         special = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
         stops = {str(self.backend.id_to_token(token)) for token in self.file_stop_ids}
         return TurnFinder(self.template, sorted(special), sorted(stops))
+
+    @cached_property
+    def words(self) -> WordEncoder | None:
+        """A quicker way to the same tokens, for tokenizers that are known to have one."""
+        return WordEncoder.of(self.backend)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

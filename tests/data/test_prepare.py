@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.data import prepare as module
+from jobs.data import pool
+from jobs.data.chunks import Recipe
 from jobs.data.labels import IGNORE
-from jobs.data.prepare import Recipe, prepare
+from jobs.data.prepare import prepare
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DataError
 from jobs.spec import Data
@@ -184,7 +185,7 @@ def test_many_rows_are_labelled_by_several_processes_to_the_same_bytes(
         return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
     pooled = files()
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(pool, "cores", lambda: 1)
     assert files() == pooled
 
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from jobs.data.chunks import Recipe
 from jobs.data.labels import IGNORE
-from jobs.data.prepare import Recipe, prepare
+from jobs.data.prepare import prepare
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import AccessError, SpecError, VerificationError
 from jobs.observe.events import Observer
