@@ -12,7 +12,20 @@ from __future__ import annotations
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    model_validator,
+)
+
+from jobs.store.places import require_no_secret
+
+# A repository on the Hub, with a branch where one is meant.
+REPOSITORY_PATTERN = r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(@[A-Za-z0-9_./-]+)?$"
 
 # File names, Kubernetes names and label values all accept this.
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]{0,51}[a-z0-9])?$"
@@ -30,7 +43,15 @@ GgufType = Literal[
 # A number is a number: neither `yes` nor "16" in quotes stands for one.
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
-Place = Annotated[str, Field(pattern=PLACE_PATTERN)]
+
+
+def _no_secret(text: str) -> str:
+    if "://" in text:
+        require_no_secret(text)
+    return text
+
+
+Place = Annotated[str, Field(pattern=PLACE_PATTERN), AfterValidator(_no_secret)]
 
 
 class Section(BaseModel):
@@ -41,7 +62,8 @@ class Section(BaseModel):
 
 class Model(Section):
     base: Place
-    """The model to fine-tune: a folder with config.json, safetensors weights and a tokenizer."""
+    """The model to fine-tune: a repository on the Hub (`owner/name[@revision]`), `s3://bucket/path`
+    or a folder, with config.json, safetensors weights and a tokenizer."""
     load_in: Literal["4bit", "16bit"] = "4bit"
     """How the frozen base is held while training: NF4 with double quantization, or 16 bit."""
     max_seq_length: Annotated[Int, Field(ge=16)] = 2048
@@ -60,7 +82,8 @@ RecordFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "t
 class Source(Section):
     source: Place
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt, each also as .gz or .zst), a folder of
-    such files, or a glob."""
+    such files, or a glob; here, in S3 (`s3://bucket/path`) or on the Hub
+    (`hf://owner/name[@revision][/path]`)."""
     format: Literal["auto"] | RecordFormat = "auto"
     """The records' format; `auto` looks at the first record's fields."""
     columns: dict[str, str] = {}
@@ -72,7 +95,10 @@ class Source(Section):
     """How often each conversation of this source is trained in an epoch: 2 is twice, 0.5 half of
     them. Never applied to evaluation."""
     split: str | None = None
-    """Of a folder, use only files that are named after this split: train, test, ..."""
+    """The split to use. On the Hub the data set says which files are of it; in a folder those that
+    are named after it: train, test, ..."""
+    config: str | None = None
+    """The configuration of a data set on the Hub, where it has several."""
 
 
 def _as_list(value: Any) -> Any:
@@ -187,11 +213,54 @@ class Verify(Section):
     """An answer that has not stopped by itself after so many tokens fails."""
 
 
+class HubTarget(Section):
+    hub: Annotated[str, Field(pattern=REPOSITORY_PATTERN)]
+    """The repository on the Hub, `owner/name` or `owner/name@branch`. The merged model stands at
+    its root, the adapter and the GGUF files in folders beside it."""
+    adapter: Annotated[str, Field(pattern=REPOSITORY_PATTERN)] | None = None
+    """A repository of its own for the adapter, at its root."""
+    gguf: Annotated[str, Field(pattern=REPOSITORY_PATTERN)] | None = None
+    """A repository of its own for the GGUF files, at its root."""
+    private: bool = True
+    """Whether a repository that has to be made is private. One that exists stays as it is."""
+
+
+class S3Options(Section):
+    endpoint: Annotated[Place, Field(pattern=r"^https?://[^/?#@]+/?$")] | None = None
+    """The server, where it is not AWS: https://minio.example.org:9000. Without it
+    AWS_ENDPOINT_URL_S3 and the profile are looked at."""
+    region: str | None = None
+    """The region; without it the environment, the profile or the instance says it."""
+    profile: str | None = None
+    """A profile of the AWS configuration files, for its credentials and settings."""
+    path_style: bool | None = None
+    """Address buckets as paths, not as host names. Unset: wherever an endpoint is set."""
+    checksums: bool = True
+    """Send and check the checksums that S3 has since 2022. A server that knows none of them needs
+    `false`; MD5 is used then."""
+    encryption: Literal["AES256", "aws:kms"] | None = None
+    """Ask the server to encrypt what is written, with its own keys or with the key service's."""
+    kms_key: str | None = None
+    """The key service's key, where it is not the default one."""
+    storage_class: str | None = None
+    """The storage class of what is written: STANDARD, STANDARD_IA, ..."""
+
+
+class S3(S3Options):
+    buckets: dict[str, S3Options] = {}
+    """Other settings for a bucket: none of those above hold for it."""
+
+
 def _publish_target(value: Any) -> Any:
-    # `- hub: acme/support-bot` reads better in YAML than a URL with its own scheme.
-    if isinstance(value, dict) and set(value) == {"hub"}:
-        return f"hub://{value['hub']}"
+    if isinstance(value, str) and value.startswith(("hub://", "hf://")):
+        return {"hub": value.partition("://")[2]}
     return value
+
+
+Target = Annotated[
+    HubTarget | Place,
+    BeforeValidator(_publish_target, json_schema_input_type=HubTarget | Place),
+]
 
 
 class Spec(Section):
@@ -203,15 +272,12 @@ class Spec(Section):
     train: Train = Train()
     export: Export = Export()
     verify: Verify = Verify()
-    publish: list[
-        Annotated[
-            Place,
-            BeforeValidator(
-                _publish_target, json_schema_input_type=Place | dict[Literal["hub"], Place]
-            ),
-        ]
-    ] = []
-    """Where the results go, each a folder. The run's own folder always has them."""
+    publish: list[Target] = []
+    """Where the results go: a folder, `s3://bucket/prefix`, or `hub: owner/name`. The run's own
+    folder always has them."""
+    s3: S3 = S3()
+    """How S3 is reached. Credentials are never here: they come from the environment, from mounted
+    files or from the machine's role."""
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,33 +1,68 @@
-"""The one interface over every place that results go to and come from."""
+"""The one interface over every place that files come from and go to: a folder, S3, the Hub.
+
+Key: a file's name below the store's place, with forward slashes, like `gguf/demo-Q8_0.gguf`. A key
+is either absent or complete: nothing half-written is ever seen under it.
+
+Every method raises AccessError where trying again would not help (refused, not there, a wrong
+setting), ServiceError where the network or the service failed for longer than the retries, and
+DoesNotFitError where this machine's disk is full.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from jobs.store.hashing import FileEntry
+
+Advance = Callable[[int], None]  # called with bytes as they are done; from any thread
+
+
+def no_advance(count: int) -> None:
+    """For who does not show how far it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file that a store has."""
+
+    key: str
+    size: int  # bytes
+    identity: str  # another one whenever the bytes are others: "sha256:...", "etag:...", "git:..."
+
 
 class Store(Protocol):
-    """A place for files under keys like `gguf/demo-Q8_0.gguf`.
+    url: str  # as people know the place; never with a secret in it
 
-    A key is either absent or complete: `put` makes it visible only when all its bytes are there.
-    """
+    def prove_readable(self) -> None:
+        """Look whether the place is there and can be read."""
 
-    url: str
+    def prove_writable(self, keep: bool) -> None:
+        """Write and remove a probe. What has to be created for it (a folder, a repository) stays
+        there where `keep` says so, and is removed again where not."""
 
-    def prove_writable(self) -> None:
-        """Write and remove a probe. Raises AccessError, saying why, where that fails."""
+    def entries(self) -> list[Entry]:
+        """Every file there, sorted by key."""
 
-    def has(self, key: str, size: int, sha256: str) -> bool:
-        """Whether exactly these bytes are there already."""
+    def fetch(self, entries: Sequence[Entry], folder: Path, advance: Advance) -> None:
+        """Bring files to `folder`, each below its key and each whole, where they are not yet.
+
+        What an earlier call that broke off has left there is gone on with.
+        """
+
+    def held(self, files: Sequence[FileEntry]) -> set[str]:
+        """The keys of those files that are there with exactly these bytes."""
 
     def read_json(self, key: str) -> Any:
         """What a JSON file there says, or None where there is none or it is no JSON."""
 
-    def put(self, source: Path, key: str) -> None:
-        """Copy a file there, whole or not at all."""
+    def replace(
+        self, folder: Path, files: Sequence[FileEntry], stale: set[str], last: str, advance: Advance
+    ) -> None:
+        """Send files from below `folder`, remove the `stale` keys, and make `last` the last.
 
-    def delete(self, key: str) -> None:
-        """Remove a key; one that is not there is no error."""
-
-    def keys(self) -> list[str]:
-        """Everything there, sorted."""
+        Whoever sees `last` (a file in `folder` too, not among `files`) sees all the others. An
+        older `last` is removed before anything else changes, unless everything changes at once.
+        """

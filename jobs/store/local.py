@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jobs.errors import AccessError, DoesNotFitError
-from jobs.store.hashing import sha256_of
+from jobs.store.base import Advance, Entry
+from jobs.store.hashing import FileEntry, sha256_of
 
 PARTIAL = ".partial-"
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or this user's share of it
@@ -22,12 +25,23 @@ class LocalStore:
         self.folder = Path(folder)
         self.url = str(folder)
 
-    def prove_writable(self) -> None:
+    def prove_readable(self) -> None:
+        if not self.folder.is_dir():
+            raise AccessError(f"there is no folder {self.folder}", "check its name")
+
+    def prove_writable(self, keep: bool) -> None:
+        made: list[Path] = []
         try:
+            for folder in (self.folder, *self.folder.parents):
+                if folder.exists():
+                    break
+                made.append(folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f"{PARTIAL}{uuid.uuid4().hex}"
             probe.write_bytes(b"lorajob")
             probe.unlink()
+            for folder in [] if keep else made:
+                folder.rmdir()
         except OSError as error:
             if error.errno in FULL:
                 raise disk_error(error, self.folder) from None
@@ -36,9 +50,31 @@ class LocalStore:
                 "give this user the right to write there, or name another folder",
             ) from None
 
-    def has(self, key: str, size: int, sha256: str) -> bool:
-        path = self._path(key)
-        return path.is_file() and path.stat().st_size == size and sha256_of(path) == sha256
+    def entries(self) -> list[Entry]:
+        found = []
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file() and not path.name.startswith(PARTIAL):
+                stat = path.stat()
+                identity = f"written:{stat.st_mtime_ns}:{stat.st_size}"
+                found.append(
+                    Entry(path.relative_to(self.folder).as_posix(), stat.st_size, identity)
+                )
+        return found
+
+    def fetch(self, entries: Sequence[Entry], folder: Path, advance: Advance) -> None:
+        for entry in entries:
+            target = folder / entry.key
+            if not target.exists():
+                copy_whole(self._path(entry.key), target)
+            advance(entry.size)
+
+    def held(self, files: Sequence[FileEntry]) -> set[str]:
+        return {file["path"] for file in files if self._has(file)}
+
+    def _has(self, file: FileEntry) -> bool:
+        path = self._path(file["path"])
+        same_size = path.is_file() and path.stat().st_size == file["size"]
+        return same_size and sha256_of(path) == file["sha256"]
 
     def read_json(self, key: str) -> Any:
         try:
@@ -46,20 +82,23 @@ class LocalStore:
         except (OSError, ValueError, RecursionError):
             return None
 
+    def replace(
+        self, folder: Path, files: Sequence[FileEntry], stale: set[str], last: str, advance: Advance
+    ) -> None:
+        self.delete(last)
+        for key in sorted(stale):
+            self.delete(key)
+        for file in files:
+            self.put(folder / file["path"], file["path"])
+            advance(file["size"])
+        self.put(folder / last, last)
+
     def put(self, source: Path, key: str) -> None:
-        target = self._path(key)
-        partial = target.with_name(f"{PARTIAL}{target.name}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, partial)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise disk_error(error, target) from None
+        """Copy a file there, whole or not at all."""
+        copy_whole(source, self._path(key))
 
     def delete(self, key: str) -> None:
+        """Remove a key; one that is not there is no error."""
         path = self._path(key)
         try:
             path.unlink(missing_ok=True)
@@ -68,19 +107,27 @@ class LocalStore:
         except OSError as error:
             raise disk_error(error, path) from None
 
-    def keys(self) -> list[str]:
-        return sorted(
-            path.relative_to(self.folder).as_posix()
-            for path in self.folder.rglob("*")
-            if path.is_file() and not path.name.startswith(PARTIAL)
-        )
-
     def _path(self, key: str) -> Path:
         """The key's file. Raises AccessError where the key leads out of the folder."""
         parts = PurePosixPath(key).parts
         if not parts or key.startswith("/") or ".." in parts or "\0" in key:
             raise AccessError(f"{key!r} is no file in {self.folder}", "look at its manifest.json")
         return self.folder / key
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that the target is either as it was or all of the new one."""
+    partial = target.with_name(f"{PARTIAL}{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise disk_error(error, target) from None
 
 
 def disk_error(error: OSError, path: Path) -> AccessError | DoesNotFitError:

@@ -1,42 +1,61 @@
 """Publishing: every file of the manifest to a target, the manifest last.
 
-Who sees a manifest sees everything it lists: the old one is removed before the first file that
-changes, and the new one is written after the last.
+Who sees a manifest sees everything it lists. Each target stands on its own: one that fails keeps
+none of the others from being served.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from jobs.store.base import Store
+from jobs.errors import LorajobError, ServiceError, bullet_list
+from jobs.store.base import Advance, Store
 from jobs.store.hashing import FileEntry, sha256_of
 from jobs.store.manifest import NAME
 
 
-def publish(
-    folder: Path, files: list[FileEntry], store: Store, advance: Callable[[], None]
-) -> dict[str, int]:
+def publish(folder: Path, files: list[FileEntry], store: Store, advance: Advance) -> dict[str, int]:
     """Bring `store` to hold exactly the manifest's files; returns how many were sent and kept.
 
     Files of an earlier run at the same place that are no longer part of it are removed, so that a
     changed spec leaves no stale GGUF beside the new ones.
     """
-    manifest = folder / NAME
-    size, sha256 = manifest.stat().st_size, sha256_of(manifest)
-    missing = [f for f in files if not store.has(f["path"], f["size"], f["sha256"])]
-    if not missing and store.has(NAME, size, sha256):
-        return {"sent": 0, "kept": len(files)}
-    stale = _listed_before(store) - {f["path"] for f in files}
-    store.delete(NAME)
-    for key in sorted(stale):
-        store.delete(key)
-    for file in files:
-        if file in missing:
-            store.put(folder / file["path"], file["path"])
-        advance()
-    store.put(manifest, NAME)
+    path = folder / NAME
+    manifest: FileEntry = {"path": NAME, "size": path.stat().st_size, "sha256": sha256_of(path)}
+    held = store.held([*files, manifest])
+    missing = [file for file in files if file["path"] not in held]
+    advance(sum(file["size"] for file in files if file["path"] in held))
+    if missing or NAME not in held:
+        stale = _listed_before(store) - {file["path"] for file in files}
+        store.replace(folder, missing, stale, NAME, advance)
     return {"sent": len(missing), "kept": len(files) - len(missing)}
+
+
+def publish_to_all(
+    stores: Iterable[Store],
+    send: Callable[[Store], None],
+    tell: Callable[[str, LorajobError], None],
+) -> None:
+    """`send` to each store, also where another failed. Raises ServiceError naming those that did.
+
+    A refusal counts as a failed service here: the results are there, and the next start of the run
+    sends what is missing.
+    """
+    failed: list[str] = []
+    for store in stores:
+        try:
+            send(store)
+        except LorajobError as error:
+            tell(store.url, error)
+            failed.append(
+                f"{store.url}: {error.message}" + (f" ({error.hint})" if error.hint else "")
+            )
+    if failed:
+        raise ServiceError(
+            f"not everything could be published:\n{bullet_list(failed)}",
+            "start the same run again: it does nothing but send what is missing",
+        )
 
 
 def _listed_before(store: Store) -> set[str]:

@@ -1,0 +1,226 @@
+"""One file into S3: whole in one request, or in parts that a second try goes on with."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import threading
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import LorajobError
+from jobs.store.base import Advance
+from jobs.store.hashing import FileEntry
+from jobs.store.local import disk_error
+from jobs.store.pieces import Step
+from jobs.store.retry import Retries
+from jobs.store.s3_client import Client, code_of
+
+SHA256 = "lorajob-sha256"  # the metadata field that says what an object's content hashes to
+PART = 8 << 20  # bytes of a part; with THREADS of them in memory, uploads stay well below 100 MB
+MOST_PARTS = 10_000  # S3's limit
+
+
+def part_size(size: int) -> int:
+    """Bytes of each part but the last: always the same for a size, so that parts can be gone on with."""
+    least = -(-size // MOST_PARTS)
+    return max(PART, -(-least // 2**20) * 2**20)
+
+
+class Upload:
+    """Sends one file. `steps` may run on several threads; the last to end makes it visible."""
+
+    def __init__(
+        self,
+        client: Client,
+        retries: Retries,
+        key: str,
+        path: Path,
+        file: FileEntry,
+        extra: dict[str, str],
+        advance: Advance,
+    ) -> None:
+        self.client, self.retries, self.key, self.path = client, retries, key, path
+        self.size, self.sha256 = file["size"], file["sha256"]
+        self.extra = extra
+        self.advance = advance
+        self.what = f"sending {file['path']} to s3://{client.bucket}/{key}"
+        self.checksums = client.options.checksums
+        self._lock = threading.Lock()
+        self._id = ""
+        self._parts: dict[int, dict[str, Any]] = {}  # number (from 1) -> what the end has to name
+        self._left = 0
+
+    def steps(self) -> Iterator[Step]:
+        if self.size <= PART:
+            yield self._put_whole
+            return
+        numbers = self._begin()
+        self._left = len(numbers)
+        if not numbers:
+            yield self._finish
+        for number in numbers:
+            yield partial(self._put_part, number)
+
+    def _call(self, method: str, **arguments: Any) -> Any:
+        return self.retries.call(
+            self.what,
+            lambda: getattr(self.client.s3, method)(
+                Bucket=self.client.bucket, Key=self.key, **arguments
+            ),
+            self.client.judge(self.what),
+        )
+
+    def _read(self, start: int, length: int) -> bytes:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                data = file.read(length)
+        except OSError as error:
+            raise disk_error(error, self.path) from None
+        if len(data) != length:
+            raise disk_error(FileNotFoundError(2, "cut short", str(self.path)), self.path)
+        return data
+
+    def _put_whole(self) -> None:
+        data = self._read(0, self.size)
+        self._call("put_object", Body=data, Metadata={SHA256: self.sha256}, **self._check(data), **self.extra)  # fmt: skip
+        self.advance(self.size)
+
+    def _check(self, data: bytes) -> dict[str, str]:
+        """The checksum by which the server notices what was damaged on the way."""
+        if self.checksums:
+            # Ceph checks it only where the algorithm is named, too.
+            return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": _crc32(data)}
+        return {"ContentMD5": base64.b64encode(_md5(data).digest()).decode()}
+
+    # --- parts
+
+    def _begin(self) -> list[int]:
+        """The parts that are still to be sent; finds an upload that broke off, or begins one."""
+        count = -(-self.size // part_size(self.size))
+        for upload_id in self._begun():
+            parts = self._arrived(upload_id)
+            if parts is not None:
+                self._id, self._parts = upload_id, parts
+                for number in parts:
+                    self.advance(self._range(number)[1])
+                return [number for number in range(1, count + 1) if number not in parts]
+            self._abort(upload_id)
+        made = self._call(
+            "create_multipart_upload",
+            Metadata={SHA256: self.sha256},
+            **({"ChecksumAlgorithm": "CRC32"} if self.checksums else {}),
+            **self.extra,
+        )
+        self._id = made["UploadId"]
+        return list(range(1, count + 1))
+
+    def _abort(self, upload_id: str) -> None:
+        """Give back what the parts of another file take up."""
+
+        def abort() -> None:
+            try:
+                self.client.s3.abort_multipart_upload(
+                    Bucket=self.client.bucket, Key=self.key, UploadId=upload_id
+                )
+            except Exception as error:
+                if code_of(error) != "NoSuchUpload":
+                    raise
+
+        self.retries.call(self.what, abort, self.client.judge(self.what))
+
+    def _begun(self) -> list[str]:
+        """Uploads of this key that are not finished. Without the right to list them: none."""
+        try:
+            found = self.retries.call(
+                self.what,
+                lambda: self.client.s3.list_multipart_uploads(
+                    Bucket=self.client.bucket, Prefix=self.key
+                ),
+                self.client.judge(self.what),
+            )
+        except LorajobError:
+            return []
+        return [u["UploadId"] for u in found.get("Uploads", []) if u["Key"] == self.key]
+
+    def _arrived(self, upload_id: str) -> dict[int, dict[str, Any]] | None:
+        """The parts that are there, or None where one is of another file."""
+        found: dict[int, dict[str, Any]] = {}
+        marker = 0
+        while True:
+            page = self._call("list_parts", UploadId=upload_id, PartNumberMarker=marker)
+            for part in page.get("Parts", []):
+                number = part["PartNumber"]
+                start, length = self._range(number)
+                if length <= 0 or part["Size"] != length:
+                    return None
+                data = self._read(start, length)
+                if part.get("ChecksumCRC32", _crc32(data)) != _crc32(data):
+                    return None
+                etag = part["ETag"].strip('"')
+                if not self.extra.get("ServerSideEncryption") and etag != _md5(data).hexdigest():
+                    return None
+                found[number] = self._named(number, part["ETag"], data)
+            if not page.get("IsTruncated"):
+                return found
+            marker = page["NextPartNumberMarker"]
+
+    def _range(self, number: int) -> tuple[int, int]:
+        """Where a part begins and how long it is, in bytes."""
+        each = part_size(self.size)
+        start = (number - 1) * each
+        return start, min(each, self.size - start)
+
+    def _named(self, number: int, etag: str, data: bytes) -> dict[str, Any]:
+        check = {"ChecksumCRC32": _crc32(data)} if self.checksums else {}
+        return {"PartNumber": number, "ETag": etag, **check}
+
+    def _put_part(self, number: int) -> None:
+        start, length = self._range(number)
+        data = self._read(start, length)
+        sent = self._call(
+            "upload_part", UploadId=self._id, PartNumber=number, Body=data, **self._check(data)
+        )
+        self.advance(length)
+        with self._lock:
+            self._parts[number] = self._named(number, sent["ETag"], data)
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Make the object visible. An answer that was lost is found out about, not tried again."""
+
+        def complete() -> None:
+            try:
+                self.client.s3.complete_multipart_upload(
+                    Bucket=self.client.bucket, Key=self.key, UploadId=self._id,
+                    MultipartUpload={"Parts": [self._parts[n] for n in sorted(self._parts)]},  # type: ignore[misc]
+                )  # fmt: skip
+            except Exception as error:
+                if code_of(error) != "NoSuchUpload" or not self._is_there():
+                    raise
+
+        self.retries.call(self.what, complete, self.client.judge(self.what))
+
+    def _is_there(self) -> bool:
+        try:
+            said = self._call("head_object")
+        except LorajobError:
+            return False
+        return bool(
+            said["ContentLength"] == self.size and said["Metadata"].get(SHA256) == self.sha256
+        )
+
+
+def _crc32(data: bytes) -> str:
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def _md5(data: bytes) -> Any:
+    return hashlib.md5(data, usedforsecurity=False)

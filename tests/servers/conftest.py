@@ -1,0 +1,1 @@
+from tests.servers.fixtures import ceph, moto  # noqa: F401

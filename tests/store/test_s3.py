@@ -1,0 +1,402 @@
+"""A bucket's prefix as a store: complete or not at all, and nothing sent or fetched twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import AccessError, DoesNotFitError, ServiceError
+from jobs.spec import S3
+from jobs.store import s3_download, s3_upload
+from jobs.store.base import no_advance
+from jobs.store.hashing import FileEntry, file_entries
+from jobs.store.places import S3Place
+from jobs.store.retry import Retries
+from jobs.store.s3 import S3Store
+from tests.servers.faults import running_proxy
+from tests.servers.fixtures import ceph, moto  # noqa: F401
+from tests.servers.s3 import S3Server
+
+PART = 5 << 20  # the least that S3 takes for a part that is not the last
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(params=["moto", "ceph"])
+def server(request: pytest.FixtureRequest) -> S3Server:
+    found: S3Server = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_upload, "PART", PART)
+
+
+@pytest.fixture
+def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    return server.new_bucket()
+
+
+def store(
+    bucket: str, prefix: str = "runs/a", retries: Retries | None = None, **s3: object
+) -> S3Store:
+    settings = S3.model_validate(s3)
+    return S3Store(
+        S3Place(bucket, prefix), settings, retries or Retries(wait=0.01, give_up_after=20)
+    )
+
+
+def make(folder: Path, seed: int = 0, **sizes: int) -> list[FileEntry]:
+    """Files with these sizes in bytes, and the same bytes for the same seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, size in sizes.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(random.Random(f"{seed}{name}").randbytes(size))
+    return file_entries(folder)
+
+
+def fetched(place: S3Store, folder: Path) -> list[FileEntry]:
+    place.fetch(place.entries(), folder, no_advance)
+    return file_entries(folder)
+
+
+def test_what_was_sent_comes_back(bucket: str, tmp_path: Path) -> None:
+    files = make(tmp_path / "out", empty=0, small=1000, gguf__large=2 * PART + 17, exact=PART)
+    place = store(bucket)
+    seen: list[int] = []
+    place.put(tmp_path / "out", files, seen.append)
+    assert sum(seen) == sum(file["size"] for file in files)
+    assert [entry.key for entry in place.entries()] == [file["path"] for file in files]
+    assert fetched(place, tmp_path / "in") == files
+    assert place.held(files) == {file["path"] for file in files}
+    other = [{**file, "sha256": "0" * 64} for file in files]
+    assert place.held(other) == set()  # type: ignore[arg-type]
+
+
+def test_two_thousand_keys_are_listed(bucket: str, tmp_path: Path) -> None:
+    make(tmp_path, **{f"f{number}": 1 for number in range(1100)})
+    place = store(bucket)
+    place.put(tmp_path, file_entries(tmp_path), no_advance)
+    assert len(place.entries()) == 1100
+
+
+def test_a_prefix_is_a_folder_and_not_a_beginning(bucket: str, tmp_path: Path) -> None:
+    files = make(tmp_path, a=3)
+    store(bucket, "runs/a").put(tmp_path, files, no_advance)
+    store(bucket, "runs/ab").put(tmp_path, files, no_advance)
+    assert [entry.key for entry in store(bucket, "runs").entries()] == ["a/a", "ab/a"]
+    assert [entry.key for entry in store(bucket, "runs/a").entries()] == ["a"]
+    assert store(bucket, "runs").entry("a") is None
+    assert store(bucket, "runs").entry("ab/a") is not None
+
+
+def test_the_last_is_written_last_and_removed_first(
+    server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [f for f in make(tmp_path, a=10, b=10, manifest=5) if f["path"] != "manifest"]
+    with running_proxy(server.endpoint, rate=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        place = store(bucket)
+        place.put(tmp_path, make(tmp_path, manifest=4, old=4), no_advance)
+        before = len(proxy.log)
+        place.replace(tmp_path, files, {"old"}, "manifest", no_advance)
+        order = [f"{r.method} {r.target.rpartition('/')[2]}" for r in proxy.log[before:]]
+    assert order[:2] == ["DELETE manifest", "DELETE old"]
+    assert sorted(order[2:-1]) == ["PUT a", "PUT b"]
+    assert order[-1] == "PUT manifest"
+
+
+def test_an_upload_that_broke_off_is_gone_on_with(
+    server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(tmp_path / "out", large=6 * PART)
+    with running_proxy(server.endpoint, rate=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        proxy.fail("expired", match="partNumber=5", times=99)
+        with pytest.raises(AccessError, match="expired"):
+            store(bucket).put(tmp_path / "out", files, no_advance)
+        proxy.resume()
+        arrived = {part_of(r.target) for r in proxy.log if r.method == "PUT" and r.status == 200}
+        assert arrived
+        assert arrived < {1, 2, 3, 4, 5, 6}
+        assert store(bucket).entries() == []  # nothing half-sent is seen
+    with running_proxy(server.endpoint, rate=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        store(bucket).put(tmp_path / "out", files, no_advance)
+        sent = {part_of(r.target) for r in proxy.log if r.method == "PUT"}
+        assert sent == {1, 2, 3, 4, 5, 6} - arrived
+        assert fetched(store(bucket), tmp_path / "in") == files
+
+
+def part_of(target: str) -> int:
+    _, found, after = target.partition("partNumber=")
+    return int(after.partition("&")[0]) if found else 0
+
+
+def test_parts_of_another_file_are_not_gone_on_with(bucket: str, tmp_path: Path) -> None:
+    place = store(bucket)
+    old = make(tmp_path / "old", seed=1, large=3 * PART)
+    upload = s3_upload.Upload(
+        place.client, place.retries, "runs/a/large", tmp_path / "old" / "large", old[0], {}, no_advance
+    )  # fmt: skip
+    next(iter(upload.steps()))()  # one part, and then nothing more
+    files = make(tmp_path / "new", seed=2, large=3 * PART)
+    place.put(tmp_path / "new", files, no_advance)
+    assert fetched(place, tmp_path / "in") == files
+    assert not place.client.s3.list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
+def test_a_download_that_broke_off_is_gone_on_with(
+    server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(tmp_path / "out", large=6 * PART)
+    store(bucket).put(tmp_path / "out", files, no_advance)
+    with running_proxy(server.endpoint, rate=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        place = store(bucket, retries=Retries(wait=0.01, give_up_after=0.5))
+        real = s3_download.Download._get_part
+
+        def third_fails(self: s3_download.Download, number: int) -> None:
+            if number == 3:
+                raise ServiceError("planted")
+            real(self, number)
+
+        monkeypatch.setattr(s3_download.Download, "_get_part", third_fails)
+        with pytest.raises(ServiceError, match="planted"):
+            place.fetch(place.entries(), tmp_path / "in", no_advance)
+        monkeypatch.undo()
+        for name, value in {**server.environment(), "AWS_ENDPOINT_URL_S3": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(s3_upload, "PART", PART)
+        assert not (tmp_path / "in" / "large").exists()
+        before = proxy.bytes_down
+        # A part that was damaged on this disk is not taken for whole.
+        damaged = tmp_path / "in" / ".partial-large"
+        first = int(
+            (tmp_path / "in" / ".partial-large.parts").read_text().splitlines()[1].split()[0]
+        )
+        with damaged.open("r+b") as file:
+            file.seek(first * PART + 5)
+            file.write(b"?")
+        kept = len((tmp_path / "in" / ".partial-large.parts").read_text().splitlines()) - 2
+        assert fetched(store(bucket), tmp_path / "in") == files
+        again = (proxy.bytes_down - before) / PART
+    assert 6 - kept - 0.1 < again < 6 - kept + 0.1
+
+
+def test_an_object_that_changes_while_it_is_fetched_is_noticed(bucket: str, tmp_path: Path) -> None:
+    place = store(bucket)
+    place.put(tmp_path / "out", make(tmp_path / "out", seed=1, large=3 * PART), no_advance)
+    listed = place.entries()
+    place.put(tmp_path / "out", make(tmp_path / "out", seed=2, large=3 * PART), no_advance)
+    with pytest.raises(ServiceError, match="changed at the same time"):
+        place.fetch(listed, tmp_path / "in", no_advance)
+    assert not (tmp_path / "in" / "large").exists()
+
+
+@pytest.mark.parametrize("size", [1000, 3 * PART])
+def test_content_that_is_not_what_was_written_is_refused(
+    bucket: str, tmp_path: Path, size: int
+) -> None:
+    files = make(tmp_path / "out", file=size)
+    wrong: list[FileEntry] = [{**files[0], "sha256": "0" * 64}]
+    place = store(bucket, retries=Retries(wait=0.01, give_up_after=0.1))
+    place.put(tmp_path / "out", wrong, no_advance)
+    with pytest.raises(ServiceError, match=r"damaged|not what was sent"):
+        place.fetch(place.entries(), tmp_path / "in", no_advance)
+    assert not (tmp_path / "in" / "file").exists()
+
+
+def test_every_fault_is_survived(
+    server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(tmp_path / "out", a=10, b=5000, c__d=200_000, large=2 * PART + 99)
+    for seed in range(6):
+        with running_proxy(server.endpoint, rate=0.2, seed=seed) as proxy:
+            proxy.stall_s = 0.2
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+            retries = Retries(wait=0.01, give_up_after=20)
+            place = store(bucket, f"runs/{seed}", retries)
+            place.replace(
+                tmp_path / "out", [f for f in files if f["path"] != "a"], set(), "a", no_advance
+            )
+            assert fetched(place, tmp_path / str(seed)) == files
+            assert place.held(files) == {file["path"] for file in files}
+            place.delete({"a"})
+            assert retries.count >= 1 or not proxy.injected
+    assert server.client().list_objects_v2(Bucket=bucket)["KeyCount"] == 6 * 3
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from jobs.store import s3_upload
+s3_upload.PART = {part}
+from jobs.spec import S3
+from jobs.store.hashing import file_entries
+from jobs.store.places import S3Place
+from jobs.store.retry import Retries
+from jobs.store.s3 import S3Store
+folder = Path(sys.argv[1])
+files = file_entries(folder)
+store = S3Store(S3Place(sys.argv[2], "killed"), S3(), Retries())
+missing = [f for f in files if f["path"] not in store.held(files)]
+print("begins", flush=True)
+store.put(folder, missing, lambda count: None)
+print("done", flush=True)
+"""
+
+
+def test_killed_at_any_moment_and_started_again_sends_nothing_twice(
+    server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    files = make(tmp_path / "out", large=5 * PART, other=3 * PART, small=9)
+    draw = random.Random(1)
+    done = False
+    with running_proxy(server.endpoint, rate=0) as proxy:
+        environment = {**os.environ, **server.environment(), "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+        for _ in range(30):
+            child = subprocess.Popen(
+                [sys.executable, "-c", CHILD.format(part=PART), str(tmp_path / "out"), bucket],
+                cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            assert child.stdout is not None
+            assert child.stdout.readline() == "begins\n"
+            time.sleep(draw.uniform(0, 0.15))
+            child.kill()
+            done = child.communicate()[0] == "done\n"
+            if done:
+                break
+        if not done:
+            place = store(bucket, "killed")
+            place.put(tmp_path / "out", [f for f in files if f["path"] not in place.held(files)], no_advance)  # fmt: skip
+        whole = [r for r in proxy.log if r.method == "PUT" and r.upstream_status == 200]
+    for target in {r.target for r in whole if "partNumber" in r.target}:
+        assert sum(r.target == target for r in whole) == 1  # no part that had arrived went twice
+    assert fetched(store(bucket, "killed"), tmp_path / "in") == files
+
+
+def test_what_will_never_help_is_said_at_once(
+    server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(place: S3Store) -> AccessError:
+        start = time.monotonic()
+        with pytest.raises(AccessError) as caught:
+            place.prove_readable()
+        assert time.monotonic() - start < 5
+        assert server.secret_key not in str(caught.value) or server.secret_key == "test"
+        return caught.value
+
+    assert "no such bucket" in str(refused(store("bucket-that-is-not-there")))
+    assert "nothing at s3://" in str(refused(store(bucket, "nowhere")))
+    store(bucket).prove_writable(keep=False)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    if server.region != "us-east-1" or server.access_key != "test":  # moto takes any
+        assert "does not accept the credentials" in str(refused(store(bucket)))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "no credentials" in str(refused(store(bucket)))
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    assert "nobody" in str(refused(store(bucket)))
+
+
+def test_a_server_that_stays_away_is_a_failed_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}.items():
+        monkeypatch.setenv(name, value)
+    place = store(
+        "bucket", retries=Retries(wait=0.01, give_up_after=0.3), endpoint="http://127.0.0.1:9"
+    )
+    with pytest.raises(ServiceError, match=r"s3://bucket/runs/a failed \d+ times"):
+        place.prove_readable()
+
+
+def test_a_full_disk_is_said_and_nothing_is_left_half(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = store(bucket)
+    place.put(tmp_path / "out", make(tmp_path / "out", large=3 * PART), no_advance)
+
+    def full(*arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(s3_download.os, "pwrite", full)
+    with pytest.raises(DoesNotFitError, match="large"):
+        place.fetch(place.entries(), tmp_path / "in", no_advance)
+    assert not (tmp_path / "in" / "large").exists()
+
+
+def test_old_servers_get_md5_and_no_checksums_they_do_not_know(
+    server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = make(tmp_path / "out", small=100, large=2 * PART)
+    place = store(bucket, checksums=False)
+    headers: list[set[str]] = []
+    place.client.s3.meta.events.register(
+        "before-send.s3", lambda request, **_: headers.append({h.lower() for h in request.headers})
+    )
+    place.put(tmp_path / "out", files, no_advance)
+    assert fetched(place, tmp_path / "in") == files
+    assert not any(h.startswith("x-amz-checksum") for each in headers for h in each)
+    assert sum("content-md5" in each for each in headers) == 3
+
+
+def test_encryption_and_storage_class_are_asked_for(
+    moto: S3Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    for name, value in moto.environment().items():
+        monkeypatch.setenv(name, value)
+    bucket = moto.new_bucket()
+    files = make(tmp_path, small=100, large=2 * PART)
+    place = store(bucket, encryption="aws:kms", kms_key="a-key", storage_class="STANDARD_IA")
+    place.put(tmp_path, files, no_advance)
+    for file in files:
+        said = place.client.s3.head_object(Bucket=bucket, Key=f"runs/a/{file['path']}")
+        assert said["ServerSideEncryption"] == "aws:kms"
+        assert said["SSEKMSKeyId"].endswith("a-key")
+        assert said["StorageClass"] == "STANDARD_IA"
+
+
+def test_a_bucket_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"endpoint": "https://a.example.org", "buckets": {"other": {"region": "eu-west-1"}}}
+    assert store("one", **settings).client.s3.meta.endpoint_url == "https://a.example.org"
+    other = store("other", **settings).client.s3.meta
+    assert other.region_name == "eu-west-1"
+    assert "amazonaws.com" in other.endpoint_url
+
+
+def test_a_role_whose_credentials_ran_out_is_asked_again(
+    moto: S3Server,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a mounted credentials file does when it is renewed in the middle of a run."""
+    for name, value in moto.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_SESSION_TOKEN")
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    file.write_text("[default]\naws_access_key_id = first\naws_secret_access_key = one\n")
+    bucket = moto.new_bucket()
+    with running_proxy(moto.endpoint, rate=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        place = store(bucket)
+        place.prove_writable(keep=True)
+        file.write_text("[default]\naws_access_key_id = second\naws_secret_access_key = two\n")
+        proxy.fail("expired", match="PUT", times=1)
+        place.prove_writable(keep=True)
+        proxy.fail("expired", match="PUT", times=9)
+        with pytest.raises(AccessError, match="expired"):
+            place.prove_writable(keep=True)
