@@ -1,16 +1,21 @@
-"""The base model's folder: whether it is one, and what identifies it. Without torch."""
+"""The base model, here or elsewhere: whether it is one, and what identifies it. Without torch."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.errors import AccessError
+from jobs.errors import AccessError, SpecError
+from jobs.store.base import Advance, no_advance
+from jobs.store.connect import Connections
 from jobs.store.hashing import file_entries, key_of
+from jobs.store.places import HubPlace, LocalPlace, S3Place, WrongPlace, parse_base
+from jobs.store.remote import Remote
 
 # The files that say how text becomes tokens. They go along with everything that is made.
 TOKENIZER_FILES = (
@@ -19,29 +24,86 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+# What of a repository belongs to a model: weights in other formats and of other frameworks, which
+# lie beside them on the Hub, would double what has to be fetched.
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+INDEX = "model.safetensors.index.json"
+
+
 @dataclass(frozen=True)
 class BaseModel:
     source: str  # as the spec names it
-    folder: Path
+    folder: Path  # with configuration and tokenizer; `whole` has the weights too
     config: dict[str, Any]
+    remote: Remote | None = None  # None for a folder of this machine
+    commit: str | None = None  # on the Hub
 
     @cached_property
     def content_key(self) -> str:
-        """Identifies weights, configuration and tokenizer by their bytes; read once."""
+        """Identifies weights, configuration and tokenizer by their content; found out once."""
+        if self.remote:
+            return self.remote.identity
         return key_of([[f["path"], f["sha256"]] for f in file_entries(self.folder)])
 
     def weight_bytes(self) -> int:
+        if self.remote:
+            return sum(e.size for e in self.remote.entries if e.key.endswith(".safetensors"))
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
+    def missing_bytes(self) -> int:
+        """What has yet to be fetched, in bytes."""
+        return sum(entry.size for entry in self.remote.missing()) if self.remote else 0
 
-def open_base(source: str) -> BaseModel:
-    """The base model that the spec names. Raises AccessError where it is none, saying why."""
-    if "://" in source:
-        raise AccessError(
-            f"model.base: {source} is no place this version can read from",
-            "download the model and name its folder",
-        )
-    folder = Path(source)
+    def whole(self, advance: Advance = no_advance) -> Path:
+        """The folder with the weights in it: fetched now, where they have not been yet."""
+        if self.remote and self.remote.missing():
+            self.remote.bring(advance=advance)
+            _require_weights(self.source, self.folder)
+        return self.folder
+
+
+def open_base(source: str, connections: Connections) -> BaseModel:
+    """The base model that the spec names. Raises AccessError where it is none, saying why.
+
+    Of one that is elsewhere only configuration and tokenizer are fetched.
+    """
+    try:
+        place = parse_base(source)
+    except WrongPlace as error:
+        raise SpecError(f"model.base: {error}", "name a repository, s3://... or a folder") from None
+    match place:
+        case LocalPlace(path):
+            return _open_folder(source, path)
+        case S3Place():
+            store = connections.s3_store(place)
+            commit = None
+        case HubPlace():
+            from jobs.store.hub import HubStore
+
+            hub = HubStore.of_place(place, connections.retries)
+            store, commit = hub, hub.commit
+    there = [entry for entry in store.entries() if "/" not in entry.key]
+    if not there:
+        raise AccessError(f"model.base: there is nothing at {source}", "check the address")
+    small = [e for e in there if any(fnmatchcase(e.key, pattern) for pattern in SMALL_FILES)]
+    weights = [entry for entry in there if entry.key.endswith(".safetensors")]
+    index = next((entry for entry in there if entry.key == INDEX), None)
+    if index:
+        wanted = _index(source, Remote(store, (index,)).bring() / INDEX)
+        _require_named(source, wanted, {entry.key for entry in weights})
+    else:
+        wanted = {"model.safetensors"} & {entry.key for entry in weights}
+    chosen = [entry for entry in weights if not wanted or entry.key in wanted]
+    remote = Remote(store, tuple(sorted([*small, *chosen], key=lambda entry: entry.key)))
+    folder = remote.bring(small)
+    config = _config(source, folder)
+    if not chosen:
+        raise _no_weights(source)
+    return BaseModel(source, folder, config, remote, commit)
+
+
+def _open_folder(source: str, path: str) -> BaseModel:
+    folder = Path(path)
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:  # a name longer than any file's
@@ -53,8 +115,15 @@ def open_base(source: str) -> BaseModel:
         raise AccessError(
             f"model.base: the folder {source} {what}",
             "name a folder with config.json, *.safetensors and tokenizer.json "
-            f"(paths are taken from {Path.cwd()})",
+            f"(paths are taken from {Path.cwd()}), or a repository on the Hub: owner/name",
         )
+    config = _config(source, folder)
+    _require_weights(source, folder)
+    return BaseModel(source, folder, config)
+
+
+def _config(source: str, folder: Path) -> dict[str, Any]:
+    """config.json, if it is one of a model that can be trained."""
     config_path = folder / "config.json"
     try:
         config = json.loads(config_path.read_text("utf-8"))
@@ -81,31 +150,44 @@ def open_base(source: str) -> BaseModel:
             f"model.base: {source} is quantized already",
             "name the original 16-bit weights; lorajob quantizes them itself (model.load_in)",
         )
+    return config
+
+
+def _require_weights(source: str, folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise AccessError(
-            f"model.base: {source} has no *.safetensors weights",
-            "only safetensors are read: pickled weights (.bin, .pt) can run code",
-        )
-    index = folder / "model.safetensors.index.json"
+        raise _no_weights(source)
+    index = folder / INDEX
     if index.is_file():
-        try:
-            named = {
-                str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise AccessError(
-                f"model.base: {index} is no index of weights", "fetch the base model again"
-            ) from None
-        missing = sorted(named - {path.name for path in weights})
-        if missing:
-            raise AccessError(
-                f"model.base: {source} lacks {len(missing)} of its weight files, {missing[0]} first",
-                "fetch the base model again",
-            )
+        _require_named(source, _index(source, index), {path.name for path in weights})
     for path in weights:
         _require_whole(path)
-    return BaseModel(source, folder, config)
+
+
+def _no_weights(source: str) -> AccessError:
+    return AccessError(
+        f"model.base: {source} has no *.safetensors weights",
+        "only safetensors are read: pickled weights (.bin, .pt) can run code",
+    )
+
+
+def _index(source: str, path: Path) -> set[str]:
+    """The weight files that an index names."""
+    try:
+        named = json.loads(path.read_text("utf-8"))["weight_map"].values()
+        return {str(name) for name in named}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise AccessError(
+            f"model.base: {path} is no index of weights", "fetch the base model again"
+        ) from None
+
+
+def _require_named(source: str, named: set[str], there: set[str]) -> None:
+    if missing := sorted(named - there):
+        raise AccessError(
+            f"model.base: {source} lacks {len(missing)} of its weight files, {missing[0]} first",
+            "fetch the base model again",
+        )
 
 
 def _require_whole(path: Path) -> None:
@@ -132,6 +214,12 @@ def _require_whole(path: Path) -> None:
         raise AccessError(
             f"model.base: {path} is no whole safetensors file: {why}", "fetch the base model again"
         ) from None
+
+
+def repository_of(source: str) -> str:
+    """`owner/name` of a base on the Hub, without its revision."""
+    place = parse_base(source)
+    return place.repository if isinstance(place, HubPlace) else source
 
 
 def copy_tokenizer(base: Path, tokenizer: ChatTokenizer, target: Path) -> None:

@@ -10,7 +10,7 @@ from jobs.data.labels import label
 from jobs.data.prepare import first_conversations
 from jobs.export.llama.build import find_tools
 from jobs.observe.events import Observer
-from jobs.preflight import Ready, disk_bytes, preflight
+from jobs.preflight import Ready, preflight, result_bytes
 from jobs.run import data_stage, data_warnings
 from jobs.spec import Spec
 from jobs.stages import Stages
@@ -21,7 +21,8 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
 
     The labelled data stay in the run's folder, where `run` takes them.
     """
-    ready = preflight(spec, folder)
+    warnings: list[str] = []
+    ready = preflight(spec, folder, warnings.append, keep=False)
     data = data_stage(spec, ready, Stages(folder, observer))
     template = ready.tokenizer.template
     return {
@@ -29,6 +30,7 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
         "base": {
             "source": ready.base.source,
             "architecture": ready.base.config["architectures"][0],
+            "commit": ready.base.commit,
             "weight_bytes": ready.base.weight_bytes(),
         },
         "chat_template": {
@@ -37,18 +39,23 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
             "date": str(template.today) if template.writes_today else None,
         },
         "data": data.result,
-        "warnings": data_warnings(data.result, spec),
+        "warnings": [*warnings, *data_warnings(data.result, spec)],
         "rows": _rows(spec, ready, rows),
-        "disk_bytes": disk_bytes(spec, ready.base),
+        "disk": [
+            {"what": n.what, "folder": str(n.folder), "bytes": n.bytes, "free": n.free}
+            for n in ready.disk
+        ],
+        "fetch_bytes": sum(need.bytes for need in ready.disk if need.folder != folder),
         "llama_cpp": "built" if find_tools() else "built on first use",
         "publish": [store.url for store in ready.targets],
+        "publish_bytes": result_bytes(spec, ready.base) * len(ready.targets),
     }
 
 
 def _rows(spec: Spec, ready: Ready, count: int) -> list[dict[str, Any]]:
     """The first rows: text, token ids, and each trained span as text, characters and tokens."""
     found: list[dict[str, Any]] = []
-    for place, conversation in first_conversations(spec.data, count):
+    for place, conversation in first_conversations(spec.data, count, ready.origins.files_of):
         try:
             if isinstance(conversation, BadRow):
                 raise conversation

@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs import __version__
 from jobs.errors import LorajobError
+from jobs.secrets import guard_process, redact, redact_tree
 
 EPILOG = """\
 The spec is read from the path given, else from $LORAJOB_SPEC, else from /etc/lorajob/spec.yaml; `-`
@@ -29,6 +30,10 @@ exit codes: 0 done   2 the spec is wrong   3 the data is wrong   4 not there, or
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The exit code. Without `argv` this is the process's own command line, and it is guarded:
+    what any library prints shows no secret either."""
+    if argv is None:
+        guard_process()
     arguments = _parser().parse_args(_with_command(sys.argv[1:] if argv is None else argv))
     try:
         code: int = arguments.do(arguments)
@@ -62,20 +67,20 @@ def _output_is_gone() -> bool:
 def _bug(error: Exception) -> int:
     """What nobody foresaw: one line that says so, and the traceback for whoever mends it."""
     print(
-        f"lorajob: this is a bug in lorajob: {_summary(error)}\n"
-        "  -> please report it with what follows and the spec",
+        redact(f"lorajob: this is a bug in lorajob: {_summary(error)}\n")
+        + "  -> please report it with what follows and the spec",
         file=sys.stderr,
     )
-    traceback.print_exception(error)
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return LorajobError.exit_code
 
 
 def _summary(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return redact(f"{type(error).__name__}: {error}").splitlines()[0]
 
 
 def _fail(error: LorajobError) -> int:
-    print(f"lorajob: {error.title}\n{error}", file=sys.stderr)
+    print(redact(f"lorajob: {error.title}\n{error}"), file=sys.stderr)
     return error.exit_code
 
 
@@ -159,13 +164,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if observer.console:
         from jobs.observe.answers_table import answers_table
 
-        observer.console.print(answers_table(contents["stages"]["verify"]["result"]))
-        folder = arguments.work / spec.name
+        observer.console.print(answers_table(redact_tree(contents["stages"]["verify"]["result"])))
+        folder = redact(str(arguments.work / spec.name))
         observer.console.print(
             f"everything is in [bold]{folder}[/bold]", *_where(contents), sep="\n"
         )
         for target in spec.publish:
-            observer.console.print(f"published to [bold]{target}[/bold]")
+            place = target if isinstance(target, str) else f"hub://{target.hub}"
+            observer.console.print(f"published to [bold]{redact(place)}[/bold]")
     return 0
 
 
@@ -191,7 +197,7 @@ def _check(arguments: argparse.Namespace) -> int:
     with Observer("auto", sys.stderr, quiet=True) as observer:
         found = check(spec, arguments.work / spec.name, arguments.rows, observer)
     if arguments.format == "json":
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(redact_tree(found), ensure_ascii=False))
     else:
         from jobs.observe.check_text import print_check
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.base_model import BaseModel, open_base
+from jobs.data.origins import Origins, find_origins
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DoesNotFitError
 from jobs.export.llama.build import find_tools, require_compiler
 from jobs.spec import Spec
-from jobs.store import LocalStore, Store, open_store
+from jobs.store.base import Store
+from jobs.store.cache import cache_folder
+from jobs.store.connect import Connections
+from jobs.store.local import LocalStore, existing
+from jobs.store.retry import Retries
 
 # Bits a weight takes in each of llama.cpp's types, block scales included, rounded up
 # (llama.cpp, ggml/src/ggml-common.h; k-quant mixes by their largest measured average).
@@ -27,40 +33,82 @@ class Ready:
     base: BaseModel
     tokenizer_files: TokenizerFiles
     tokenizer: ChatTokenizer
+    origins: Origins
     targets: list[Store]
+    connections: Connections
+    disk: list[Need]
 
 
-def preflight(spec: Spec, folder: Path) -> Ready:
-    """Prove that base, tokenizer, tools, disk and every target are there. Raises what is wrong."""
-    targets = [open_store(url) for url in spec.publish]
-    base = open_base(spec.model.base)
+@dataclass(frozen=True)
+class Need:
+    """What will be written below a folder, in bytes, and what is free there."""
+
+    folder: Path
+    bytes: int
+    what: str
+
+    @property
+    def free(self) -> int:
+        return shutil.disk_usage(existing(self.folder)).free
+
+
+def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool) -> Ready:
+    """Prove that base, tokenizer, data, tools, disk and every target are there.
+
+    `tell` hears of waits for a service. `keep` says whether what a target needs (a folder, a
+    repository) stays there: for a run, not for a check. Raises what is wrong.
+    """
+    connections = Connections(spec.s3, Retries(tell=tell))
+    targets = [connections.target(target) for target in spec.publish]
+    base = open_base(spec.model.base, connections)
     files = TokenizerFiles(base.folder, spec.model.chat_template, spec.model.template_date)
     tokenizer = files.load()
+    origins = find_origins(spec.data, connections)
     if spec.export.gguf and find_tools() is None:
         require_compiler()
-    for store in (LocalStore(folder), *targets):
-        store.prove_writable()
-    _require_disk(disk_bytes(spec, base), folder)
-    return Ready(base, files, tokenizer, targets)
+    LocalStore(folder).prove_writable(keep=True)
+    for store in targets:
+        store.prove_writable(keep)
+    disk = [
+        Need(folder, run_bytes(spec, base), "the run"),
+        Need(cache_folder(), base.missing_bytes(), "the base model"),
+        Need(cache_folder(), sum(o.missing_bytes() for o in origins.found), "the data"),
+    ]
+    _require_disk(disk)
+    return Ready(base, files, tokenizer, origins, targets, connections, disk)
 
 
-def disk_bytes(spec: Spec, base: BaseModel) -> int:
+def run_bytes(spec: Spec, base: BaseModel) -> int:
     """The most that the run's folder holds at one time, in bytes, from the base's size alone."""
     weights = base.weight_bytes()
     need = 0.1 * weights  # adapter, optimizer state, prepared data
-    if spec.export.merged:
-        need += weights
     if spec.export.gguf:
         need += weights  # the unquantized GGUF, while the others are made from it
-        need += sum(weights * GGUF_BITS[kind] / 16 for kind in spec.export.gguf)
-    return int(need)
+    return int(need) + result_bytes(spec, base)
 
 
-def _require_disk(need: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise DoesNotFitError(
-            f"the run needs about {need / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} GiB "
-            "are free",
-            "free some, use a larger disk (--work), or make fewer GGUF types",
-        )
+def result_bytes(spec: Spec, base: BaseModel) -> int:
+    """About what each target gets, in bytes."""
+    weights = base.weight_bytes()
+    merged = weights if spec.export.merged else 0
+    return merged + int(sum(weights * GGUF_BITS[kind] / 16 for kind in spec.export.gguf))
+
+
+def _require_disk(needs: list[Need]) -> None:
+    """Raises DoesNotFitError where a disk has no room for all that will be written to it."""
+    of_disk: dict[int, list[Need]] = {}
+    for need in needs:
+        of_disk.setdefault(existing(need.folder).stat().st_dev, []).append(need)
+    for together in of_disk.values():
+        total, free = sum(need.bytes for need in together), together[0].free
+        if total > free:
+            parts = "; ".join(
+                f"{need.what} about {need.bytes / 2**30:.1f} GiB in {need.folder}"
+                for need in together
+                if need.bytes
+            )
+            raise DoesNotFitError(
+                f"the disk has {free / 2**30:.1f} GiB free, and it takes {total / 2**30:.1f} GiB: "
+                f"{parts}",
+                "free some, use a larger disk (--work, LORAJOB_CACHE), or make fewer GGUF types",
+            )

@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from jobs import __version__
-from jobs.base_model import copy_tokenizer, settle_stops
+from jobs.base_model import copy_tokenizer, repository_of, settle_stops, write_json
 from jobs.data.chunks import Recipe
 from jobs.data.prepare import prepare
-from jobs.data.read import source_files
-from jobs.errors import VerificationError, bullet_list
+from jobs.errors import LorajobError, VerificationError, bullet_list
 from jobs.observe.answers_table import write_answers
 from jobs.observe.events import Observer
 from jobs.preflight import Ready, preflight
 from jobs.spec import Spec
 from jobs.stages import Done, Stages, write_whole
 from jobs.store import manifest
+from jobs.store.base import Store
 from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
-from jobs.store.publish import publish
+from jobs.store.publish import publish, publish_to_all
 from jobs.train.runtime import settle_threads
 
 WORK = ".work"  # what the run needs of its own, below its folder; never published
@@ -35,7 +35,7 @@ def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
     """Do the whole job in `work/NAME`; returns the manifest. Raises a LorajobError."""
     start = time.monotonic()
     folder = work / spec.name
-    ready = preflight(spec, folder)
+    ready = preflight(spec, folder, observer.warn, keep=True)
     observer.keep_in(folder / "logs" / "run.jsonl")
     observer.event("run_start", version=__version__, name=spec.name, folder=str(folder))
     threads = settle_threads()
@@ -50,19 +50,31 @@ def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
         done["gguf"] = _gguf(spec, stages, done["merge"], threads, observer)
     done["verify"] = _verify(spec, ready, stages, done, threads, observer)
 
-    contents = _manifest(spec, folder, done, threads)
+    contents = _manifest(spec, ready, folder, done, threads)
     write_whole(folder / manifest.NAME, contents)
-    for store in ready.targets:
-        with observer.ticker(f"publishing to {store.url}", len(contents["files"])) as ticker:
-            sent = publish(folder, contents["files"], store, ticker.advance)
-        observer.event("published", target=store.url, **sent)
+    _publish(ready, folder, contents["files"], observer)
     observer.event(
         "run_done",
         seconds=round(time.monotonic() - start, 1),
+        retries=ready.connections.retries.reasons,
         manifest=str(folder / manifest.NAME),
         published=[store.url for store in ready.targets],
     )
     return contents
+
+
+def _publish(ready: Ready, folder: Path, files: list[FileEntry], observer: Observer) -> None:
+    size = sum(file["size"] for file in files)
+
+    def send(store: Store) -> None:
+        with observer.ticker(f"publishing to {store.url}", size, unit="bytes") as ticker:
+            sent = publish(folder, files, store, ticker.advance)
+        observer.event("published", target=store.url, **sent)
+
+    def failed(url: str, error: LorajobError) -> None:
+        observer.event("publish_failed", target=url, error=error.message, what_to_do=error.hint)
+
+    publish_to_all(ready.targets, send, failed)
 
 
 def data_stage(spec: Spec, ready: Ready, stages: Stages) -> Done:
@@ -74,18 +86,22 @@ def data_stage(spec: Spec, ready: Ready, stages: Stages) -> Done:
             too_long=spec.data.too_long,
             seed=spec.train.seed,
         )
+        for origin in ready.origins.found:
+            if missing := origin.missing_bytes():
+                name = f"fetching {origin.source.source}"
+                with stages.observer.ticker(name, missing, unit="bytes") as ticker:
+                    origin.files(ticker.advance)
         with stages.observer.ticker("reading data") as ticker:
-            summary = prepare(spec.data, recipe, out, ready.tokenizer, ticker.advance)
+            summary = prepare(
+                spec.data, recipe, out, ready.tokenizer, ticker.advance, ready.origins.files_of
+            )
         for text in data_warnings(summary, spec):
             stages.observer.event("warning", text=text)
         return summary
 
-    sources = [*spec.data.train, *(spec.data.eval if isinstance(spec.data.eval, list) else [])]
     inputs = {
         "data": spec.data.model_dump(mode="json"),
-        "files": [
-            [str(path), sha256_of(path)] for source in sources for path in source_files(source)
-        ],
+        "files": [origin.contents() for origin in ready.origins.found],
         "tokenizer": sha256_of(ready.base.folder / "tokenizer.json"),
         "template": ready.tokenizer.template.source,
         "date": str(ready.tokenizer.template.today),
@@ -124,6 +140,15 @@ def _code_key(package: str) -> str:
     )
 
 
+def _whole_base(ready: Ready, observer: Observer) -> Path:
+    """The base's folder with its weights, which are fetched when the first stage needs them."""
+    missing = ready.base.missing_bytes()
+    if not missing:
+        return ready.base.whole()
+    with observer.ticker(f"fetching {ready.base.source}", missing, unit="bytes") as ticker:
+        return ready.base.whole(ticker.advance)
+
+
 def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -> Done:
     def work(out: Path) -> dict[str, Any]:
         from jobs.train.loop import train
@@ -132,7 +157,7 @@ def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -
         quiet_libraries()
         return train(
             spec,
-            ready.base.folder,
+            _whole_base(ready, stages.observer),
             ready.tokenizer,
             stages.folder / WORK / "data",
             out,
@@ -163,12 +188,20 @@ def _train_note(result: dict[str, Any]) -> str:
 def _adapter(ready: Ready, stages: Stages, trained: Done) -> Done:
     def work(out: Path) -> dict[str, Any]:
         source = stages.folder / WORK / "train" / "adapter"
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            shutil.copyfile(source / name, out / name)
+        shutil.copyfile(source / "adapter_model.safetensors", out / "adapter_model.safetensors")
+        config = json.loads((source / "adapter_config.json").read_text("utf-8"))
+        # What it was trained on, not where this machine kept that.
+        config["base_model_name_or_path"] = repository_of(ready.base.source)
+        config["revision"] = ready.base.commit
+        write_json(out / "adapter_config.json", config)
         copy_tokenizer(ready.base.folder, ready.tokenizer, out)
         return {"size": (out / "adapter_model.safetensors").stat().st_size}
 
-    inputs = {"trained": trained.content_key, "template": ready.tokenizer.template.source}
+    inputs = {
+        "trained": trained.content_key,
+        "template": ready.tokenizer.template.source,
+        "base": [ready.base.source, ready.base.commit],
+    }
     return stages.run(
         "adapter", inputs, work, "adapter", note=lambda r: f"{r['size'] / 2**20:.1f} MiB"
     )
@@ -179,7 +212,7 @@ def _merge(spec: Spec, ready: Ready, stages: Stages, adapter: Done, trained: Don
         from jobs.export.merge import merge
 
         result = merge(
-            ready.base.folder, stages.folder / "adapter", trained.result["quantized_modules"], out,
+            _whole_base(ready, stages.observer), stages.folder / "adapter", trained.result["quantized_modules"], out,
             stages.observer,
         )  # fmt: skip
         copy_tokenizer(ready.base.folder, ready.tokenizer, out)
@@ -237,7 +270,7 @@ def _verify(
         quiet_libraries()
         first = json.loads((folder / WORK / "data" / "first.json").read_text("utf-8"))
         paths = Paths(
-            base=ready.base.folder,
+            base=_whole_base(ready, observer),
             data=folder / WORK / "data",
             adapter=folder / "adapter",
             probe=folder / WORK / "train" / "probe.safetensors",
@@ -271,7 +304,9 @@ def _verify_note(result: dict[str, Any]) -> str:
     return "loss " + ", ".join(f"{k} {s['loss']:.3f}" for k, s in result["subjects"].items())
 
 
-def _manifest(spec: Spec, folder: Path, done: dict[str, Done], threads: int) -> dict[str, Any]:
+def _manifest(
+    spec: Spec, ready: Ready, folder: Path, done: dict[str, Done], threads: int
+) -> dict[str, Any]:
     files: list[FileEntry] = [
         entry
         for stage in done.values()
@@ -281,7 +316,15 @@ def _manifest(spec: Spec, folder: Path, done: dict[str, Done], threads: int) -> 
     files += file_entries(folder / "report", within=folder)
     return manifest.build(
         spec=spec.model_dump(mode="json"),
-        inputs={"threads": threads, "keys": {name: stage.key for name, stage in done.items()}},
+        inputs={
+            "base": {"source": ready.base.source, "commit": ready.base.commit},
+            "data": [
+                {"source": o.source.source, "commit": o.commit, "files": o.contents()}
+                for o in ready.origins.found
+            ],
+            "threads": threads,
+            "keys": {name: stage.key for name, stage in done.items()},
+        },
         data=done["data"].result,
         stages={
             name: {"seconds": stage.seconds, "result": stage.result}

@@ -1,4 +1,8 @@
-"""Reading a spec: file, standard input and environment, with every mistake in one message."""
+"""Reading a spec: file, standard input and environment, with every mistake in one message.
+
+A spec ends up in logs, manifests and model cards, so one that holds a secret is refused, and no
+message repeats it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.errors import AccessError, SpecError, bullet_list
-from jobs.spec import NAME_PATTERN, PLACE_PATTERN, Spec
+from jobs.secrets import MASK, is_secret_field, looks_like_secret, redact
+from jobs.spec import NAME_PATTERN, PLACE_PATTERN, REPOSITORY_PATTERN, Spec
 
 DEFAULT_PATH = "/etc/lorajob/spec.yaml"
 PREFIX = "LORAJOB__"
@@ -27,8 +32,17 @@ def load_spec(path: str | None = None, environ: Mapping[str, str] | None = None)
 
     It is read from `path` (`-` is standard input), else from $LORAJOB_SPEC, else from
     /etc/lorajob/spec.yaml where that exists; then `LORAJOB__SECTION__FIELD=value` variables are
-    laid over it. Raises SpecError with all mistakes at once, AccessError where there is no file.
+    laid over it. Raises SpecError with all mistakes at once or for a secret in it, AccessError where
+    there is no file.
     """
+    try:
+        return _load(path, environ)
+    except (SpecError, AccessError) as error:
+        hint = error.hint and redact(error.hint)
+        raise type(error)(redact(error.message), hint) from None
+
+
+def _load(path: str | None, environ: Mapping[str, str] | None) -> Spec:
     env = os.environ if environ is None else environ
     overrides = {key: value for key, value in env.items() if key.startswith(PREFIX)}
     where = path or env.get("LORAJOB_SPEC") or None
@@ -41,6 +55,7 @@ def load_spec(path: str | None = None, environ: Mapping[str, str] | None = None)
         where = "standard input" if where == "-" else where
     tree, lines = _parse(text, where)
     origin = _lay_over(tree, overrides)
+    _refuse_secrets(tree, where, lines, origin)
     try:
         return Spec.model_validate(tree)
     except ValidationError as error:
@@ -202,6 +217,46 @@ def _value_of(text: str) -> Any:
         return text
 
 
+CREDENTIALS = (
+    "credentials belong into the environment (HF_TOKEN, AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, ...) or into the files mounted for them, never into a spec"
+)
+
+
+def _refuse_secrets(
+    tree: dict[str, Any], where: str, lines: dict[Location, int], origin: dict[Location, str]
+) -> None:
+    found = []
+    for loc in _secrets_in(tree, (), set()):
+        written = _written(loc, lines, origin)
+        field = ".".join(MASK if looks_like_secret(str(part)) else str(part) for part in loc)
+        found.append(f"{field}: holds a secret" + (f" ({written})" if written else ""))
+    if found:
+        raise SpecError(
+            f"{where} holds what has to stay outside:\n{bullet_list(found)}",
+            f"take it out: {CREDENTIALS}; and if others could read this spec, make a new one",
+        )
+
+
+def _secrets_in(value: Any, at: Location, seen: set[int]) -> Iterator[Location]:
+    """Where a name or a text looks like a secret."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        if looks_like_secret(value):
+            yield at
+    elif isinstance(value, dict | list | tuple | set):
+        if id(value) in seen:  # an alias, which may even stand in what it names
+            return
+        seen.add(id(value))
+        fields = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in fields:
+            if isinstance(key, str) and looks_like_secret(key):
+                yield (*at, key)
+            else:
+                yield from _secrets_in(inner, (*at, key), seen)
+
+
 # Where pydantic speaks to programmers.
 _OWN_WORDS = {
     "model_type": "it is a section: write its fields below it, or leave it out",
@@ -211,6 +266,7 @@ _OWN_WORDS = {
 _PATTERNS = {
     NAME_PATTERN: "a name has lower-case letters, digits, dots and dashes, at most 53, "
     "with a letter or digit first and last",
+    REPOSITORY_PATTERN: "a repository on the Hub is owner/name or owner/name@branch",
     PLACE_PATTERN: "a path is wanted, not empty and without NUL characters",
 }
 LONGEST = 120  # characters shown of a wrong value
@@ -230,26 +286,36 @@ def _messages(
         if item["type"] == "extra_forbidden":
             nearest = _nearest(loc)
             text = "unknown field" + (f"; did you mean {nearest}?" if nearest else "")
+            if is_secret_field(str(loc[-1])):
+                text = f"unknown field; {CREDENTIALS}"
         elif item["type"] == "missing":
             text = "is missing"
         else:
             text = _OWN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
             if item["type"] == "string_pattern_mismatch":
-                text = _PATTERNS[item["ctx"]["pattern"]]
+                text = _PATTERNS.get(item["ctx"]["pattern"], item["msg"])
             if not isinstance(item["input"], dict | list):
-                got = repr(item["input"])
+                got = redact(repr(item["input"]))  # before it is cut: half a secret has no form
                 text += f", got {got if len(got) <= LONGEST else got[:LONGEST] + '...'}"
-        written = next(
-            (
-                origin.get(part) or f"line {lines[part]}"
-                for part in (loc[:end] for end in range(len(loc), 0, -1))
-                if part in origin or part in lines
-            ),
-            None,
-        )
-        # A union reports once for each of its members; the first telling is enough.
+        written = _written(loc, lines, origin)
+        # A union reports once for each of its members; the first telling, which may be of a field
+        # inside, is enough.
+        if any(told.startswith(f"{field}.") for told in found):
+            continue
         found.setdefault(field, f"{field}: {text}" + (f" ({written})" if written else ""))
     return list(found.values())
+
+
+def _written(loc: Location, lines: dict[Location, int], origin: dict[Location, str]) -> str | None:
+    """The variable or the line that a field was written in, or the nearest section around it."""
+    return next(
+        (
+            origin.get(part) or f"line {lines[part]}"
+            for part in (loc[:end] for end in range(len(loc), 0, -1))
+            if part in origin or part in lines
+        ),
+        None,
+    )
 
 
 def _fields_of(loc: Location, tree: dict[str, Any]) -> Location:

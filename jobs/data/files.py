@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from jobs.errors import AccessError, DataError, SpecError, bullet_list
@@ -27,14 +29,20 @@ def endings(path: Path) -> tuple[str, str]:
     return next((ending for ending in TYPES if name.endswith(ending)), ""), compression
 
 
-def source_files(source: Source) -> list[Path]:
-    """The files behind a source, sorted by path.
+@dataclass(frozen=True)
+class DataFile:
+    path: Path
+    name: str  # as messages call it
+
+
+def source_files(source: Source) -> list[DataFile]:
+    """The files behind a source on this machine, sorted by path.
 
     Raises AccessError where there is none or one cannot be read, DataError where a file that is
     named has an ending that is not read.
     """
     try:
-        return _source_files(source)
+        return [DataFile(path, str(path)) for path in _source_files(source)]
     except OSError as error:
         raise AccessError(
             f"{error.filename or source.source} cannot be read: {error.strerror}",
@@ -44,11 +52,6 @@ def source_files(source: Source) -> list[Path]:
 
 def _source_files(source: Source) -> list[Path]:
     name = source.source.removeprefix("file://")
-    if "://" in name:
-        raise AccessError(
-            f"{source.source} is an address, and this version reads files and folders",
-            "download the data, and name the file or the folder",
-        )
     path = Path(name)
     if path.is_dir():
         root, seen = path, list(_walk(path))
@@ -64,24 +67,43 @@ def _source_files(source: Source) -> list[Path]:
             f"there is no data file at {name}",
             f"data paths are taken from the folder lorajob is started in ({Path.cwd()})",
         )
+    files = choose_files(name, seen, root, source.split)
+    for file in files:
+        _must_be_readable(file)
+    return files
+
+
+def choose_files(name: str, seen: Iterable[Path], root: Path, split: str | None) -> list[Path]:
+    """Of the files that were seen at a place those that hold data, of the split where one is
+    named. `root` is the folder the place begins at. Raises AccessError where there is none."""
     seen = sorted(file for file in seen if not file.name.startswith("."))
     files = [file for file in seen if endings(file)[0]]
     if not files:
         there = f"; it has\n{bullet_list(map(str, seen), 8)}" if seen else ": it has no files"
         raise AccessError(f"{name} has no data file{there}", f"data files end in {KNOWN}")
-    if source.split is not None:
-        chosen = [file for file in files if _is_of_split(file.relative_to(root), source.split)]
-        if not chosen:
-            raise AccessError(
-                f"{name} has no file of the split {source.split}; it has\n"
-                f"{bullet_list(map(str, files), 8)}",
-                "a file is of a split if its name, or the name of a folder it is in, begins with "
-                "the split's",
-            )
-        files = chosen
-    for file in files:
-        _must_be_readable(file)
-    return files
+    if split is None:
+        return files
+    chosen = [file for file in files if _is_of_split(file.relative_to(root), split)]
+    if not chosen:
+        raise AccessError(
+            f"{name} has no file of the split {split}; it has\n{bullet_list(map(str, files), 8)}",
+            "a file is of a split if its name, or the name of a folder it is in, begins with "
+            "the split's",
+        )
+    return chosen
+
+
+def matches(key: str, pattern: str) -> bool:
+    """Whether a key matches a glob as it would among files: `*` within a name, `**` over folders."""
+    return _match(key.split("/"), pattern.split("/"))
+
+
+def _match(names: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        return any(_match(names[skip:], patterns[1:]) for skip in range(len(names) + 1))
+    return bool(names) and fnmatchcase(names[0], patterns[0]) and _match(names[1:], patterns[1:])
 
 
 def _one_file(path: Path, source: Source) -> Path:

@@ -21,6 +21,7 @@ import numpy as np
 from jobs.data.arrow import ExampleWriter, move_one
 from jobs.data.chunks import KEPT, Chunk, Recipe
 from jobs.data.conversation import BadRow, Conversation
+from jobs.data.files import DataFile, source_files
 from jobs.data.formats import detect_format, to_conversation
 from jobs.data.pool import CHUNK, Submit, cores, labelling
 from jobs.data.read import Row, read_rows
@@ -29,6 +30,7 @@ from jobs.errors import DataError, bullet_list
 from jobs.spec import Data, RecordFormat, Source
 
 Advance = Callable[[int], None]
+FilesOf = Callable[[Source], Sequence[DataFile]]
 
 SHOWN = 20  # bad rows that are told one by one
 
@@ -52,8 +54,11 @@ def prepare(
     out: Path,
     tokenizer: ChatTokenizer | None = None,
     advance: Advance = lambda rows: None,
+    files_of: FilesOf = source_files,
 ) -> dict[str, Any]:
     """Read, label and split everything into `out`; returns the summary that `check` shows.
+
+    `files_of` knows the files of each source, also of one that had to be fetched.
 
     Writes train.arrow and eval.arrow (see jobs.data.arrow), order.npy where sources have weights,
     and first.json, the first conversations. Raises DataError naming each row that cannot be used.
@@ -75,9 +80,9 @@ def prepare(
                 is_held = side == "eval" or place < share
                 kept["eval" if is_held else "train"].append(conversation)
 
-        _label_all(data.train, "train", data, counts, submit, take, advance)
+        _label_all(data.train, "train", data, counts, submit, take, advance, files_of)
         if isinstance(data.eval, list):
-            _label_all(data.eval, "eval", data, counts, submit, take, advance)
+            _label_all(data.eval, "eval", data, counts, submit, take, advance, files_of)
     if share and not held_out.rows and train.rows > 1:
         # A small set whose places all fall above the share: the lowest one is held out.
         move_one(train, held_out, int(np.argmin(train.places)))
@@ -107,6 +112,7 @@ def _label_all(
     submit: Submit,
     take: Take,
     advance: Advance,
+    files_of: FilesOf,
 ) -> None:
     for number, source in enumerate(sources):
         before = counts.rows
@@ -120,7 +126,7 @@ def _label_all(
             take(chunk, number, sources, side)
             advance(len(rows))
 
-        for rows in _chunks(read_rows(source)):
+        for rows in _chunks(read_rows(source, files_of(source))):
             form = _form_of(rows[0], source, forms)
             waiting.append((rows, submit(rows, form, source.columns)))
             if len(waiting) > 2 * cores():
@@ -240,10 +246,12 @@ def _summary(
     }
 
 
-def first_conversations(data: Data, count: int) -> Iterator[tuple[str, Conversation | BadRow]]:
+def first_conversations(
+    data: Data, count: int, files_of: FilesOf = source_files
+) -> Iterator[tuple[str, Conversation | BadRow]]:
     """The first rows of the training sources, with their places: for people to look at."""
     rows = chain.from_iterable(
-        ((row, source) for row in read_rows(source)) for source in data.train
+        ((row, source) for row in read_rows(source, files_of(source))) for source in data.train
     )
     forms: dict[str, RecordFormat] = {}
     for row, source in islice(rows, count):

@@ -13,14 +13,14 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
-from jobs.data.files import endings, source_files
+from jobs.data.files import DataFile, endings, source_files
 from jobs.errors import AccessError, DataError
 from jobs.spec import Source
 
@@ -50,41 +50,44 @@ class Row:
         return f"{self.file}, {self.unit} {self.number}"
 
 
-def read_rows(source: Source) -> Iterator[Row]:
+def read_rows(source: Source, files: Sequence[DataFile] | None = None) -> Iterator[Row]:
     """The rows of all files of a source, one file after another, `source.limit` at most.
+
+    `files` are the source's where they had to be fetched.
 
     Raises AccessError where something is missing or not allowed, DataError where a file does not
     hold what its ending says; the message names the file, and the line where there is one.
     """
-    rows = chain.from_iterable(map(_file_rows, source_files(source)))
+    rows = chain.from_iterable(map(_file_rows, files or source_files(source)))
     return islice(rows, source.limit)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def _file_rows(source: DataFile) -> Iterator[Row]:
+    path, name = source.path, source.name
     kind, compression = endings(path)
     rows = None
-    with _named(path), _open(path, compression) as file:
-        _check_start(path, file)
+    with _named(name), _open(path, compression) as file:
+        _check_start(name, file)
         match kind:
             case ".json":
-                rows = _array(file, str(path))
+                rows = _array(file, name)
             case ".csv" | ".tsv":
-                rows = _table(file, str(path), "," if kind == ".csv" else "\t")
+                rows = _table(file, name, "," if kind == ".csv" else "\t")
             case ".parquet":
-                rows = _parquet(file, str(path), bool(compression))
+                rows = _parquet(file, name, bool(compression))
             case ".txt":
-                rows = _texts(file, str(path))
+                rows = _texts(file, name)
             case _:
-                rows = _lines(file, str(path))
+                rows = _lines(file, name)
         first = next(rows, None)
         if first is None:
-            raise DataError(f"{path} is empty: it has no rows", "fill it, or leave it out")
+            raise DataError(f"{name} is empty: it has no rows", "fill it, or leave it out")
         yield first
         yield from rows
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _named(path: str) -> Iterator[None]:
     """What the file system and the decompressors raise, as errors that name the file."""
     try:
         yield
@@ -98,7 +101,7 @@ def _named(path: Path) -> Iterator[None]:
         raise AccessError(f"{path} cannot be read: {error.strerror}", "check its rights") from None
 
 
-def _damaged(path: Path | str, error: Exception) -> DataError:
+def _damaged(path: str, error: Exception) -> DataError:
     reason = str(error).strip().rstrip(".") or type(error).__name__
     return DataError(f"{path} is damaged or cut off: {reason}", "make or download it again")
 
@@ -113,7 +116,7 @@ def _open(path: Path, compression: str) -> io.BufferedReader:
     return io.BufferedReader(io.FileIO(path), BUFFER)
 
 
-def _check_start(path: Path, file: io.BufferedReader) -> None:
+def _check_start(path: str, file: io.BufferedReader) -> None:
     start = file.peek(len(LFS_POINTER))
     if not start:
         raise DataError(f"{path} is empty", "fill it, or leave it out")

@@ -9,6 +9,9 @@ or repeats an answer fails this, and the row is refused.
 
 The skeleton depends on the conversation's shape alone (roles, which fields there are), so it is made
 once for each shape.
+
+An answer that is nothing but a text begins with its first character. A turn with reasoning or tool
+calls begins where the prompt for it ends: see `bounds.py`.
 """
 
 from __future__ import annotations
@@ -21,20 +24,22 @@ from functools import lru_cache
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any, NamedTuple
 
+from jobs.data.bounds import (
+    INLINE,
+    NO_END,
+    OPEN,
+    REASONING,
+    REWRITTEN,
+    TEXTS,
+    Bounds,
+    BoundsFinder,
+    Shape,
+    Skeleton,
+    follower_of,
+    marked,
+)
 from jobs.data.conversation import BadRow, Message
 from jobs.data.template import ChatTemplate
-
-# The texts of a message that are put in place of a mark. Arguments of tool calls stay as they are:
-# templates take them apart.
-TEXTS = ("content", "reasoning_content", "instruction", "input")
-
-NO_END = (
-    "the chat template writes no end-of-turn token after an assistant turn, so the model would "
-    "never learn to stop"
-)
-
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters: no template writes them
-_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +53,6 @@ class Answer:
     message: int
     start: int
     end: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Skeleton:
-    literals: tuple[str, ...]  # one more than marks
-    marks: tuple[tuple[int, str], ...]  # (message, field) in the order in which they are written
 
 
 class _Place(NamedTuple):
@@ -79,87 +78,122 @@ class TurnFinder:
         self._special = re.compile("|".join(re.escape(text) for text in texts) or r"(?!)")
         self._stop_texts = frozenset(stop_texts)
         self._skeleton_of = lru_cache(maxsize=4096)(self._make_skeleton)
-        self._header_of = lru_cache(maxsize=4096)(self._make_header)
+        self._known_of = lru_cache(maxsize=8)(json.loads)
+        self._shape_of = lru_cache(maxsize=64)(self._make_shape)
+        self._bounds_of = lru_cache(maxsize=4096)(self._find_bounds)
         # `last_end` ends the last turn of a conversation; the tokens that end earlier ones are
         # nearly always the same.
         self._closings: frozenset[str] = frozenset()
+        self._opening_end = ""  # what a following turn begins with, if that ends the one before
         self.last_end, self.end_tokens, self._leaves_last_open = self._find_end_tokens()
+        ends = self.end_tokens | self._stop_texts
+        self._bounds = BoundsFinder(template, self._special, ends)
 
     def find(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()
     ) -> tuple[str, list[Answer]]:
         """The rendered text, and each assistant message's place in it. Raises BadRow."""
+        try:
+            return self._find(messages, tools)
+        except BadRow as reason:
+            for form in _other_forms(messages):
+                try:
+                    return self._find(form, tools)
+                except BadRow:
+                    continue
+            raise reason
+
+    def _find(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+    ) -> tuple[str, list[Answer]]:
         text = self._template.render(messages, tools)
+        closing = ""
         if self._leaves_last_open:
             # The end-of-turn token comes with the next turn only: let one follow, and cut there.
-            messages = [*messages, {"role": "user", "content": "x"}]
-            longer = self._template.render(messages, tools)
-            if not longer.startswith(text):
+            longer = [*messages, {**follower_of(messages[-1]), "content": "x"}]
+            longer_text = self._template.render(longer, tools)
+            if longer_text.startswith(text):
+                messages, text = longer, longer_text
+            elif "tool_calls" in messages[-1]:
                 raise BadRow("the chat template ends the last turn in no way that can be known")
-            text = longer
+            else:  # what follows changes the turn: write what a following turn would begin with
+                closing = self._opening_end
         try:
-            answers = self._answers(text, messages, tools)
+            answers = self._answers(text + closing, messages, tools, closing)
         except BadRow as reason:
-            # Templates of reasoning models take `<think>...</think>` in a text apart themselves.
-            split = [_split_reasoning(message) for message in messages]
-            if split == list(messages):
-                raise
-            try:
-                answers = self._answers(text, split, tools)
-            except BadRow:
-                raise reason from None
+            answers = self._split_answers(text, messages, tools, closing, reason)
         if self._leaves_last_open:
-            text = text[: answers[-1].end]
+            text = (text + closing)[: answers[-1].end]
         return text, answers
 
+    def _split_answers(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        closing: str,
+        reason: BadRow,
+    ) -> list[Answer]:
+        """The answers where a template of a reasoning model looks for `<think>` in a text itself.
+
+        `reason` is why they are not known otherwise.
+        """
+        split = [_split_reasoning(message) for message in messages]
+        if split == list(messages):
+            raise reason
+        try:  # it takes the text apart
+            return self._answers(text + closing, split, tools, closing)
+        except BadRow as other:
+            if self._template.render(split, tools) == text:
+                reason = other
+        inline = [
+            {**message, INLINE: True} if _is_inline(message, before) else message
+            for message, before in zip(split, messages, strict=True)
+        ]
+        try:  # it leaves the text as it is, but sees that there is reasoning in it
+            return self._answers(text + closing, inline, tools, closing)
+        except BadRow:
+            raise reason from None
+
     def _answers(
-        self, text: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        closing: str,
     ) -> list[Answer]:
         shape = _shape(messages, tools)
-        skeleton = self._skeleton_of(shape)
+        skeleton = self._skeleton_of(shape, closing)
         places = _fit(text, skeleton, messages)
         return [
-            self._answer(text, places, index, message, shape)
+            self._answer(text, places, index, message, shape, closing)
             for index, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
 
     def _answer(
-        self, text: str, places: list[_Place], index: int, message: Message, shape: str
+        self,
+        text: str,
+        places: list[_Place],
+        index: int,
+        message: Message,
+        shape: str,
+        closing: str,
     ) -> Answer:
         own = [place for place in places if place.message == index]
         content = [place for place in own if place.field == "content"]
-        if message.get("content", "").strip() and len(content) != 1:
+        if (message.get("content") or "").strip() and len(content) != 1:
             raise BadRow("the chat template leaves out or repeats an assistant turn")
         if content and len(own) == 1 and not message.get("tool_calls"):
-            start = content[0].start
-        else:
-            start = self._after_header(text, places, own, index, shape)
-        if message.get("tool_calls"):
-            before = content[0].end if content else start
-            end = self._first_end(text, before, _next_start(places, index, text))
-            names = [call["function"]["name"] for call in message["tool_calls"]]
-            if any(name not in text[start:end] for name in names):
-                raise BadRow("the chat template leaves out an assistant's tool calls")
-        else:
-            end = self._end_at(text, max((place.end for place in own), default=start))
+            return Answer(index, content[0].start, self._end_at(text, content[0].end))
+        bounds = self._bounds_of(shape, index, closing)
+        start = (places[bounds.first - 1].end if bounds.first else 0) + bounds.skip
+        if bounds.back is None:
+            return Answer(index, start, self._end_at(text, own[-1].end))
+        after = places[bounds.last].start if bounds.last < len(places) else len(text)
+        end = after - bounds.back
+        _require_json(message, text[start:end])
         return Answer(index, start, end)
-
-    def _after_header(
-        self, text: str, places: list[_Place], own: list[_Place], index: int, shape: str
-    ) -> int:
-        """Where a turn with reasoning or tool calls begins: after the header that prompts for it."""
-        header = self._header_of(shape, index)
-        low = max((place.end for place in places if place.message < index), default=0)
-        high = min(place.start for place in own) if own else _next_start(places, index, text)
-        between = text[low:high]
-        # Where the prompt opens the reasoning itself, earlier turns may be written without that.
-        for form in (header, re.sub(r"<think>\s*$", "", header)):
-            if form.strip() and between.count(form) == 1:
-                return low + between.index(form) + len(form)
-        raise BadRow(
-            "it cannot be told where an assistant turn with reasoning or tool calls begins"
-        )
 
     def _end_at(self, text: str, at: int) -> int:
         """The end of the end-of-turn token that follows the answer.
@@ -177,38 +211,21 @@ class TurnFinder:
             raise BadRow(NO_END)
         return found.end()
 
-    def _first_end(self, text: str, low: int, high: int) -> int:
-        for found in self._special.finditer(text, low, high):
-            if found[0] in self.end_tokens | self._stop_texts:
-                return found.end()
-        raise BadRow(NO_END)
+    def _make_skeleton(self, shape: str, closing: str = "") -> Skeleton:
+        if f"\\u{ord(OPEN):x}" in shape:
+            raise BadRow("a tool or a tool call holds characters that no text has")
+        known = self._known_of(shape)
+        made = marked(self._template, known["messages"], known["tools"])
+        _require_all_written(known["messages"], set(made.marks))
+        return Skeleton((*made.literals[:-1], made.literals[-1] + closing), made.marks)
 
-    def _make_skeleton(self, shape: str) -> _Skeleton:
-        known = json.loads(shape)
-        marks: list[tuple[int, str]] = []
-        masked = []
-        for index, message in enumerate(known["messages"]):
-            copy = dict(message)
-            for field in TEXTS:
-                if copy.get(field) is True:
-                    copy[field] = f"{_OPEN}{len(marks)}{_CLOSE}"
-                    marks.append((index, field))
-            masked.append(copy)
-        parts = _MARK.split(self._template.render(masked, known["tools"]))
-        written = tuple(marks[int(number)] for number in parts[1::2])
-        _require_all_written(known["messages"], set(written))
-        return _Skeleton(tuple(parts[::2]), written)
+    def _make_shape(self, shape: str, closing: str) -> Shape:
+        known = self._known_of(shape)
+        skeleton = self._skeleton_of(shape, closing)
+        return self._bounds.shape(known["messages"], known["tools"], skeleton, closing)
 
-    def _make_header(self, shape: str, index: int) -> str:
-        """What the template writes to prompt for message `index`."""
-        known = json.loads(shape)
-        before = [
-            {key: "x" if value is True else value for key, value in message.items()}
-            for message in known["messages"][:index]
-        ]
-        without = self._template.render(before, known["tools"])
-        prompting = self._template.render(before, known["tools"], add_generation_prompt=True)
-        return prompting.removeprefix(without) if prompting.startswith(without) else ""
+    def _find_bounds(self, shape: str, index: int, closing: str) -> Bounds:
+        return self._bounds.find(self._shape_of(shape, closing), index)
 
     def _find_end_tokens(self) -> tuple[str | None, frozenset[str], bool]:
         """How this template ends an assistant turn, read off a small conversation.
@@ -235,6 +252,8 @@ class TurnFinder:
             self._closings = frozenset(text for text, _ in closings if text)
             earlier, last = closings[0][1] or earlier, closings[1][1] or last
             found = frozenset(token for token in (earlier, last) if token is not None)
+            if earlier and between.lstrip().startswith(earlier):
+                self._opening_end = between[: between.index(earlier) + len(earlier)]
             return last or earlier, found, last is None and earlier is not None
         return None, frozenset(), False
 
@@ -267,6 +286,15 @@ class TurnFinder:
         return between[:cut]
 
 
+def _require_json(message: Message, written: str) -> None:
+    """A template that takes arguments to be a JSON text writes an object as Python does."""
+    for call in message.get("tool_calls", ()):
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else _json_text(arguments)
+        if text not in written and (text is arguments or str(arguments) in written):
+            raise BadRow("the chat template writes the arguments of a tool call not as JSON")
+
+
 def _require_all_written(messages: Sequence[Message], written: set[tuple[int, str]]) -> None:
     """Nothing that was said may be missing: an answer would be trained without its question.
 
@@ -277,14 +305,18 @@ def _require_all_written(messages: Sequence[Message], written: set[tuple[int, st
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
     for index, message in enumerate(messages):
         parts = {field for number, field in written if number == index}
-        if message.get("content") is True and not parts - {"reasoning_content"}:
+        if message.get("content") is True and not parts - set(REASONING):
             raise BadRow(f"the chat template leaves out or repeats a turn of the {message['role']}")
-        reasoning = message.get("reasoning_content") is True
-        if index == last and reasoning and "reasoning_content" not in parts:
+        reasoning = any(message.get(field) is True for field in REASONING)
+        if not reasoning or parts & set(REASONING):
+            continue
+        if index == last:
             raise BadRow(
                 "the chat template leaves out the reasoning before the last answer; take it out of "
                 "the data, or choose a template that writes it"
             )
+        if not (parts or message.get("tool_calls")):
+            raise BadRow("the chat template leaves out or repeats a turn of the assistant")
 
 
 def _shape(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
@@ -296,13 +328,13 @@ def _shape(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
             continue
         copy = dict(message)
         for field in TEXTS:
-            if copy.get(field, "").strip():
+            if (copy.get(field) or "").strip():
                 copy[field] = True
         masked.append(json.dumps(copy))
     return f'{{"messages": [{", ".join(masked)}], "tools": {json.dumps(tools) if tools else "[]"}}}'
 
 
-def _fit(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> list[_Place]:
+def _fit(text: str, skeleton: Skeleton, messages: Sequence[Message]) -> list[_Place]:
     """The place of each text, if the skeleton filled with them is `text` in exactly one way."""
     first = skeleton.literals[0]
     ways: list[tuple[int, list[_Place]]] = [(len(first), [])] if text.startswith(first) else []
@@ -324,7 +356,7 @@ def _fit(text: str, skeleton: _Skeleton, messages: Sequence[Message]) -> list[_P
             break
     ways = [(at, way) for at, way in ways if at == len(text)]
     if len(ways) != 1:
-        raise BadRow("the chat template rewrites a turn, so its exact place is not known")
+        raise BadRow(REWRITTEN)
     return ways[0][1]
 
 
@@ -347,7 +379,7 @@ def _next_start(places: list[_Place], index: int, text: str) -> int:
 
 
 def _split_reasoning(message: Message) -> Message:
-    content = message.get("content", "")
+    content = message.get("content") or ""
     if (
         message["role"] != "assistant"
         or "</think>" not in content
@@ -360,3 +392,46 @@ def _split_reasoning(message: Message) -> Message:
         "reasoning_content": reasoning.partition("<think>")[2] or reasoning,
         "content": rest,
     }
+
+
+def _is_inline(split: Message, before: Message) -> bool:
+    reasoning, rest = split.get(REASONING[0], ""), split.get("content") or ""
+    return before.get("content") == f"<think>{reasoning}</think>{rest}" and all(
+        text.strip() for text in (reasoning, rest)
+    )
+
+
+def _other_forms(messages: Sequence[Message]) -> list[list[Message]]:
+    """The same conversation as other servers hand it to a template."""
+    forms: list[list[Message]] = []
+    if any("tool_calls" in message for message in messages):
+        forms += [[change(message) for message in messages] for change in (_null_text, _json_calls)]
+    if any(REASONING[0] in message for message in messages):
+        forms += [[_renamed(message, name) for message in messages] for name in REASONING[1:]]
+    return [form for form in forms if form != list(messages)]
+
+
+def _null_text(message: Message) -> Message:
+    """No text in place of an empty one beside tool calls, as in OpenAI's replies."""
+    empty = "tool_calls" in message and message["content"] == ""
+    return {**message, "content": None} if empty else message
+
+
+def _json_calls(message: Message) -> Message:
+    """The arguments of tool calls as JSON text, as in OpenAI's replies."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = _json_text(call["function"]["arguments"])
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**_null_text(message), "tool_calls": calls}
+
+
+def _json_text(arguments: Any) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def _renamed(message: Message, name: str) -> Message:
+    """The reasoning in another field."""
+    return {name if key == REASONING[0] else key: value for key, value in message.items()}

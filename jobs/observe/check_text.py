@@ -41,9 +41,15 @@ def print_check(found: dict[str, Any]) -> None:
             f"({data['trained_share']:.0%}); a conversation has {data['mean_length']:.0f} on "
             f"average and {data['longest']} at the most; {data['near_limit']} are near the limit",
         ),
-        ("disk", f"{found['disk_bytes'] / 2**30:.2f} GiB at the most"),
+        *(
+            ("disk", f"{d['what']}: {_gib(d['bytes'])} in {d['folder']}, {_gib(d['free'])} free")
+            for d in found["disk"]
+            if d["bytes"]
+        ),
         ("llama.cpp", found["llama_cpp"]),
-        ("publish", ", ".join(found["publish"]) or "nowhere: the results stay in the run's folder"),
+        ("publish",
+            f"{', '.join(found['publish'])}: can be written; about {_gib(found['publish_bytes'])} to send"
+            if found["publish"] else "nowhere: the results stay in the run's folder"),
     ]  # fmt: skip
     for name, text in lines:
         console.print(Text.assemble((f"  {name:<10}", "dim"), text), soft_wrap=True)
@@ -60,6 +66,10 @@ def print_check(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         console.print(Text(f"  {row['place']}", "bold"), soft_wrap=True)
         console.print(_coloured(row), soft_wrap=True)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
 
 
 def _coloured(row: dict[str, Any]) -> Text:

@@ -1,13 +1,15 @@
 """What a run says while it runs: an event is a name with fields.
 
 A terminal gets bars and short lines; a pipe gets one JSON object a line; and the run's folder
-always gets the JSON lines in logs/run.jsonl. All three show the same events.
+always gets the JSON lines in logs/run.jsonl. All three show the same events, and none of them shows
+a secret (`jobs.secrets`).
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +19,23 @@ from typing import IO, Any, Literal, Self
 
 import structlog
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from jobs.secrets import redact, redact_tree
 
 LogFormat = Literal["auto", "json", "terminal"]
+Unit = Literal["", "bytes"]
 
 QUIET_SECONDS = 5.0  # in a pipe, a long step that has no events of its own reports this often
 
@@ -35,21 +43,29 @@ QUIET_SECONDS = 5.0  # in a pipe, a long step that has no events of its own repo
 class Ticker:
     """Progress of one step: `advance` as things get done, with what is worth showing beside it."""
 
-    def __init__(self, observer: Observer, name: str, total: int | None) -> None:
-        self._observer, self._name, self._total = observer, name, total
+    def __init__(self, observer: Observer, name: str, total: int | None, unit: Unit) -> None:
+        self._observer, self._name, self._total = observer, redact(name), total
+        self._unit = unit
+        self._lock = threading.Lock()  # transfers advance from several threads
         self._done = 0
         self._last = time.monotonic()
         self._task: TaskID | None = None
         if observer.bars:
-            self._task = observer.bars.add_task(name, total=total, note="")
+            self._task = observer.bars.add_task(self._name, total=total, note="", unit=unit)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self._done += count
+        with self._lock:
+            self._done += count
+            due = time.monotonic() - self._last >= QUIET_SECONDS
+            if due:
+                self._last = time.monotonic()
         if self._observer.bars and self._task is not None:
-            self._observer.bars.update(self._task, advance=count, note=note)
-        elif time.monotonic() - self._last >= QUIET_SECONDS:
-            self._last = time.monotonic()
-            self._observer.event("progress", step=self._name, done=self._done, total=self._total)
+            self._observer.bars.update(self._task, advance=count, note=redact(note))
+        elif due:
+            unit = {"unit": self._unit} if self._unit else {}
+            self._observer.event(
+                "progress", step=self._name, done=self._done, total=self._total, **unit
+            )
 
     def at(self, done: int, total: int) -> None:
         """Where the step is, for one that only learns its length as it goes."""
@@ -79,7 +95,7 @@ class Observer:
             _Lines(self),
             processors=[
                 structlog.processors.TimeStamper(fmt="iso", utc=True),
-                structlog.processors.JSONRenderer(ensure_ascii=False, default=str),
+                structlog.processors.JSONRenderer(ensure_ascii=False),
             ],
         )
 
@@ -88,7 +104,7 @@ class Observer:
             self.bars = Progress(
                 TextColumn("  [progress.description]{task.description}"),
                 BarColumn(bar_width=30),
-                MofNCompleteColumn(),
+                _Amount(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
@@ -119,14 +135,19 @@ class Observer:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def event(self, event: str, **fields: Any) -> None:
+        fields = redact_tree(fields)
         self._json.info(event, **fields)
         if self.console and not self._quiet:
             line = _TERMINAL.get(event)
             if line is not None:
-                self.console.print(line.format_map(_Fields(fields)), soft_wrap=True)
+                # Once more: one field may complete what began in another.
+                self.console.print(redact(line.format_map(_Fields(fields))), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.event("warning", text=text)
 
     def line(self, text: str) -> None:
-        """A JSON line, already rendered: to the file, and to a stream that is no terminal."""
+        """A JSON line, already redacted and rendered: to the file, and to a stream that is no terminal."""
         if self._file:
             self._file.write(text + "\n")
         if not self.console and not self._quiet:
@@ -134,8 +155,8 @@ class Observer:
             self._stream.flush()
 
     @contextmanager
-    def ticker(self, name: str, total: int | None = None) -> Iterator[Ticker]:
-        ticker = Ticker(self, name, total)
+    def ticker(self, name: str, total: int | None = None, unit: Unit = "") -> Iterator[Ticker]:
+        ticker = Ticker(self, name, total, unit)
         try:
             yield ticker
         finally:
@@ -147,6 +168,17 @@ class Observer:
         root.handlers[:] = [_ToEvents(self)]
         root.setLevel(logging.WARNING)
         logging.captureWarnings(True)
+
+
+class _Amount(ProgressColumn):
+    """How much is done, of how much: things, or bytes."""
+
+    def render(self, task: Task) -> Text:
+        total = task.total
+        if task.fields.get("unit") == "bytes":
+            done = decimal(int(task.completed))
+            return Text(f"{done} of {decimal(int(total))}" if total else done)
+        return Text(f"{int(task.completed)}/{'?' if total is None else int(total)}")
 
 
 class _Lines:
@@ -188,5 +220,6 @@ _TERMINAL = {
     "stage_skipped": "  [dim]as before {stage:<8}           {note}[/dim]",
     "library_warning": "  [dim]{source}: {text}[/dim]",
     "warning": "  [yellow]warning[/yellow]  {text}",
+    "publish_failed": "  [red]failed[/red]   publishing to {target}: {error}",
     "run_done": "[bold green]done[/bold green] in {seconds:.0f} s",
 }

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 from huggingface_hub import HfApi, constants, get_token, set_client_factory
-from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status
 from huggingface_hub.utils import logging as hub_logging
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils._http import default_client_factory, hf_raise_for_status
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from jobs import __version__
 

@@ -83,7 +83,7 @@ class Bar:
 
 
 class Addition(CommitOperationAdd):
-    """A file to send, that counts its bytes as they go."""
+    """A file to send, whose bytes are counted as they go."""
 
     def __init__(self, path: str, source: Path, file: FileEntry, meter: Meter) -> None:
         super().__init__(path, source)

@@ -133,7 +133,7 @@ def copy_whole(source: Path, target: Path) -> None:
 def disk_error(error: OSError, path: Path) -> AccessError | DoesNotFitError:
     """What a failed write means: a full disk, or no right to write."""
     if error.errno in FULL:
-        free = shutil.disk_usage(_existing(path)).free
+        free = shutil.disk_usage(existing(path)).free
         return DoesNotFitError(
             f"the disk is full: writing {path} failed with {free / 2**20:.0f} MiB free",
             "free some space and start the same run again: it goes on with the stage it was in",
@@ -147,7 +147,8 @@ def disk_error(error: OSError, path: Path) -> AccessError | DoesNotFitError:
     )
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
     while not path.exists():
         path = path.parent
     return path

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 
-from jobs.data.files import endings, source_files
+from jobs.data.files import endings, matches, source_files
 from jobs.errors import AccessError, DataError, LorajobError, SpecError
 from jobs.spec import Source
 
 
+def paths(source: Source) -> list[Path]:
+    return [file.path for file in source_files(source)]
+
+
 def found(root: Path, name: str = "", **settings: Any) -> list[str]:
     source = Source(source=f"{root}/{name}" if name else str(root), **settings)
-    return [str(path.relative_to(root)) for path in source_files(source)]
+    return [str(path.relative_to(root)) for path in paths(source)]
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -63,10 +67,10 @@ def test_relative_names_and_file_addresses(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     train = Path("data/train.jsonl")
     for name in ("data/train.jsonl", "./data/train.jsonl", "file://data/train.jsonl"):
-        assert source_files(Source(source=name)) == [train]
-    assert source_files(Source(source=f"file://{tmp_path}/data/train.jsonl")) == [tmp_path / train]
+        assert paths(Source(source=name)) == [train]
+    assert paths(Source(source=f"file://{tmp_path}/data/train.jsonl")) == [tmp_path / train]
     for name in ("data", ".", "*/*", "data/*.jsonl", "**/*.jsonl"):
-        assert source_files(Source(source=name, split="train")) == [train]
+        assert paths(Source(source=name, split="train")) == [train]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +134,25 @@ def test_what_is_not_there_is_named(
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/a.jsonl", "hf://datasets/a/b", "https://a/b.csv"])
-def test_an_address_is_refused(address: str) -> None:
-    with pytest.raises(AccessError, match="this version reads files and folders"):
-        source_files(Source(source=address))
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jsonl", ["a.jsonl"]),
+        ("data/*.jsonl", ["data/b.jsonl"]),
+        ("**/*.jsonl", ["a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"]),
+        ("data/**", ["data/b.jsonl", "data/deep/c.jsonl"]),
+        ("data/?.jsonl", ["data/b.jsonl"]),
+        ("data/[!b].jsonl", []),
+    ],
+)
+def test_a_glob_over_keys_means_what_it_means_over_files(
+    tmp_path: Path, pattern: str, expected: list[str]
+) -> None:
+    keys = ["a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"]
+    assert [key for key in keys if matches(key, pattern)] == expected
+    tree(tmp_path, *keys)
+    if expected:
+        assert found(tmp_path, pattern) == expected
 
 
 def test_a_split_of_a_single_file_is_refused_rather_than_ignored(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import AccessError
-from jobs.store import LocalStore
+from jobs.errors import AccessError, ServiceError
+from jobs.store.base import Store, no_advance
 from jobs.store.hashing import FileEntry, file_entries
-from jobs.store.publish import publish
+from jobs.store.local import LocalStore
+from jobs.store.publish import publish, publish_to_all
 
 
 class Recording(LocalStore):
@@ -33,6 +34,10 @@ class Recording(LocalStore):
         super().delete(key)
 
 
+def keys(store: LocalStore) -> list[str]:
+    return [entry.key for entry in store.entries()]
+
+
 def make_run(folder: Path, **contents: str) -> list[FileEntry]:
     """A run's folder with these files, and the manifest over them."""
     for name, text in contents.items():
@@ -46,7 +51,7 @@ def make_run(folder: Path, **contents: str) -> list[FileEntry]:
 
 
 def send(folder: Path, files: list[FileEntry], store: LocalStore) -> dict[str, int]:
-    return publish(folder, files, store, lambda: None)
+    return publish(folder, files, store, no_advance)
 
 
 def test_the_manifest_is_put_last(tmp_path: Path) -> None:
@@ -56,7 +61,7 @@ def test_the_manifest_is_put_last(tmp_path: Path) -> None:
     assert store.done == [
         "delete manifest.json", "put adapter/a", "put gguf/b", "put manifest.json",
     ]  # fmt: skip
-    assert store.keys() == ["adapter/a", "gguf/b", "manifest.json"]
+    assert keys(store) == ["adapter/a", "gguf/b", "manifest.json"]
 
 
 def test_publishing_again_sends_nothing(tmp_path: Path) -> None:
@@ -93,7 +98,7 @@ def test_what_an_earlier_manifest_listed_goes_and_what_others_put_there_stays(
     )  # fmt: skip
     (tmp_path / "out" / "gguf" / "foreign").write_text("mine")
     send(tmp_path / "run", make_run(tmp_path / "run", a="1"), LocalStore(tmp_path / "out"))
-    assert LocalStore(tmp_path / "out").keys() == ["a", "gguf/foreign", "manifest.json"]
+    assert keys(LocalStore(tmp_path / "out")) == ["a", "gguf/foreign", "manifest.json"]
 
 
 def test_a_failure_on_the_way_leaves_no_manifest_and_the_next_run_goes_on(tmp_path: Path) -> None:
@@ -101,9 +106,9 @@ def test_a_failure_on_the_way_leaves_no_manifest_and_the_next_run_goes_on(tmp_pa
     files = make_run(tmp_path / "run", a="8", b="9")
     with pytest.raises(AccessError):
         send(tmp_path / "run", files, Recording(tmp_path / "out", fail_at="b"))
-    assert LocalStore(tmp_path / "out").keys() == ["a", "b"]
+    assert keys(LocalStore(tmp_path / "out")) == ["a", "b"]
     assert send(tmp_path / "run", files, LocalStore(tmp_path / "out")) == {"sent": 1, "kept": 1}
-    assert LocalStore(tmp_path / "out").keys() == ["a", "b", "manifest.json"]
+    assert keys(LocalStore(tmp_path / "out")) == ["a", "b", "manifest.json"]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_a_manifest_there_that_is_none_of_ours_removes_nothing(tmp_path: Path, b
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(before))
     files = make_run(tmp_path / "run", b="1")
     assert send(tmp_path / "run", files, LocalStore(tmp_path / "out")) == {"sent": 1, "kept": 0}
-    assert LocalStore(tmp_path / "out").keys() == ["b", "foreign", "manifest.json"]
+    assert keys(LocalStore(tmp_path / "out")) == ["b", "foreign", "manifest.json"]
 
 
 def test_a_manifest_there_cannot_have_files_outside_its_folder_removed(tmp_path: Path) -> None:
@@ -129,8 +134,33 @@ def test_a_manifest_there_cannot_have_files_outside_its_folder_removed(tmp_path:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-def test_each_file_advances_the_progress_once(tmp_path: Path) -> None:
-    files = make_run(tmp_path / "run", a="1", b="2", c="3")
-    ticks: list[None] = []
-    publish(tmp_path / "run", files, LocalStore(tmp_path / "out"), lambda: ticks.append(None))
-    assert len(ticks) == 3
+def test_every_byte_advances_the_progress_once(tmp_path: Path) -> None:
+    files = make_run(tmp_path / "run", a="1", b="22", c="333")
+    for _ in range(2):
+        seen: list[int] = []
+        publish(tmp_path / "run", files, LocalStore(tmp_path / "out"), seen.append)
+        assert sum(seen) == 6
+
+
+def test_a_target_that_fails_stops_none_of_the_others(tmp_path: Path) -> None:
+    files = make_run(tmp_path / "run", a="1")
+    stores = [
+        LocalStore(tmp_path / "one"),
+        Recording(tmp_path / "two", fail_at="a"),
+        LocalStore(tmp_path / "three"),
+    ]
+    told: list[str] = []
+    with pytest.raises(ServiceError, match="two: a cannot be written") as caught:
+        publish_to_all(
+            stores,
+            lambda store: _send(tmp_path / "run", files, store),
+            lambda url, error: told.append(url),
+        )
+    assert caught.value.exit_code == 10
+    assert told == [str(tmp_path / "two")]
+    assert keys(stores[0]) == keys(stores[2]) == ["a", "manifest.json"]
+    assert keys(stores[1]) == []
+
+
+def _send(folder: Path, files: list[FileEntry], store: Store) -> None:
+    publish(folder, files, store, no_advance)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -328,7 +329,7 @@ def test_a_full_disk_is_said_and_nothing_is_left_half(
     def full(*arguments: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(s3_download.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(DoesNotFitError, match="large"):
         place.fetch(place.entries(), tmp_path / "in", no_advance)
     assert not (tmp_path / "in" / "large").exists()
@@ -368,7 +369,10 @@ def test_encryption_and_storage_class_are_asked_for(
 
 
 def test_a_bucket_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"endpoint": "https://a.example.org", "buckets": {"other": {"region": "eu-west-1"}}}
+    settings: Any = {
+        "endpoint": "https://a.example.org",
+        "buckets": {"other": {"region": "eu-west-1"}},
+    }
     assert store("one", **settings).client.s3.meta.endpoint_url == "https://a.example.org"
     other = store("other", **settings).client.s3.meta
     assert other.region_name == "eu-west-1"

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from jobs.errors import AccessError, ServiceError
 from jobs.observe.events import Observer
+from jobs.store.cache import cache_folder
 from jobs.store.hashing import key_of, sha256_of
 
 # The sdist of the Python bindings carries a complete llama.cpp: sources, converter, vocabularies.
@@ -58,12 +59,6 @@ _NEEDED = re.compile(
     r"^(llama_cpp/|vendor/llama\.cpp/"
     r"(CMakeLists\.txt|LICENSE|cmake/|src/|include/|ggml/|gguf-py/|conversion/|scripts/|vendor/|models/templates/|convert_\w+\.py))"
 )
-
-
-def cache_folder() -> Path:
-    """Where things that can be made again are kept: $LORAJOB_CACHE, else below ~/.cache."""
-    own = os.environ.get("LORAJOB_CACHE")
-    return Path(own) if own else Path.home() / ".cache" / "lorajob"
 
 
 def tools_key() -> str:

@@ -1,0 +1,239 @@
+"""Whole runs whose base and data come from a bucket or the Hub, and whose results go there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.store.hashing import sha256_of
+from tests.conftest import BASE, Result, lorajob
+from tests.servers.faults import running_proxy
+from tests.servers.fixtures import moto  # noqa: F401
+from tests.servers.hub import Hub
+from tests.servers.hub_fixtures import TOKEN, hub  # noqa: F401
+from tests.servers.s3 import S3Server
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"It is {n}."}]}
+    for n in range(40)
+]  # fmt: skip
+
+
+def spec(path: Path, base: str, data: Any, publish: list[Any], **more: Any) -> Path:
+    """The shortest run that makes an adapter and merged weights."""
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "name": "remote",
+                "model": {"base": base, "max_seq_length": 128},
+                "data": data,
+                "train": {"max_steps": 2, "batch_size": 2},
+                "verify": {"prompts": [{"ask": "What is 1?"}], "max_new_tokens": 24},
+                "publish": publish,
+                **more,
+            }
+        )
+    )
+    return path
+
+
+def go(command: str, spec: Path, work: Path, cache: Path, **env: str) -> Result:
+    tools = os.environ.get("LORAJOB_CACHE")
+    cache.mkdir(exist_ok=True)
+    if tools and not (cache / "llama.cpp").exists():
+        (cache / "llama.cpp").symlink_to(Path(tools) / "llama.cpp")
+    return lorajob(
+        command, str(spec), "--work", str(work), LORAJOB_CACHE=str(cache), **env
+    )  # fmt: skip
+
+
+@pytest.fixture
+def bucket(moto: S3Server, tmp_path: Path) -> str:  # noqa: F811
+    """A bucket that holds the demo's base and forty rows."""
+    name = moto.new_bucket()
+    client = moto.client()
+    for path in BASE.iterdir():
+        client.upload_file(str(path), name, f"models/demo/{path.name}")
+    client.put_object(Bucket=name, Key="models/demo/pytorch_model.bin", Body=b"never fetched")
+    body = "\n".join(map(json.dumps, ROWS)).encode()
+    client.put_object(Bucket=name, Key="data/chats.jsonl", Body=body)
+    return name
+
+
+def test_from_a_bucket_to_a_bucket(moto: S3Server, bucket: str, tmp_path: Path) -> None:  # noqa: F811
+    file = spec(
+        tmp_path / "spec.yaml",
+        f"s3://{bucket}/models/demo",
+        {"train": f"s3://{bucket}/data/*.jsonl", "eval": 0.1},
+        [f"s3://{bucket}/runs/remote"],
+    )
+    with running_proxy(moto.endpoint, rate=0.1, seed=3) as proxy:
+        proxy.stall_s = 0.2
+        env = {**moto.environment(), "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+        checked = go("check", file, tmp_path / "work", tmp_path / "cache", **env)
+        assert checked.code == 0, checked.err
+        assert not any(
+            r.target.endswith("model.safetensors") and r.method == "GET" for r in proxy.log
+        )
+        done = go("run", file, tmp_path / "work", tmp_path / "cache", **env)
+        assert done.code == 0, done.err + done.out[-3000:]
+        assert proxy.injected
+        keys = {
+            entry["Key"].removeprefix("runs/remote/")
+            for entry in moto.client().list_objects_v2(Bucket=bucket, Prefix="runs/")["Contents"]
+        }
+        manifest = json.loads((tmp_path / "work" / "remote" / "manifest.json").read_text())
+        assert keys == {file["path"] for file in manifest["files"]} | {"manifest.json"}
+        assert manifest["inputs"]["data"][0]["files"][0][0] == "chats.jsonl"
+        config = json.loads((tmp_path / "work/remote/adapter/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == f"s3://{bucket}/models/demo"
+        assert str(tmp_path) not in json.dumps(config)
+
+        # Again on another machine, with nothing there: the same results, and nothing is sent.
+        before = proxy.bytes_up
+        again = go("run", file, tmp_path / "other", tmp_path / "other-cache", **env)
+        assert again.code == 0, again.err
+        sent = next(json.loads(line) for line in again.out.splitlines() if '"published"' in line)
+        weights = "merged/model.safetensors"
+        assert sha256_of(tmp_path / "other/remote" / weights) == sha256_of(tmp_path / "work/remote" / weights)  # fmt: skip
+        assert sent["kept"] >= len(manifest["files"]) - 3  # not: timings, and what lists them
+        assert proxy.bytes_up - before < 1_000_000
+    assert "never fetched" not in [p.name for p in (tmp_path / "cache").rglob("*.bin")]
+
+
+def test_a_bad_row_in_a_bucket_is_named_as_people_know_it(
+    moto: S3Server,  # noqa: F811
+    bucket: str,
+    tmp_path: Path,
+) -> None:
+    bad = json.dumps({"messages": [{"role": "user", "content": "no answer"}]})
+    body = "\n".join([*map(json.dumps, ROWS), bad]).encode()
+    moto.client().put_object(Bucket=bucket, Key="data/bad.jsonl", Body=body)
+    file = spec(tmp_path / "spec.yaml", str(BASE), {"train": f"s3://{bucket}/data/bad.jsonl"}, [])
+    result = go("check", file, tmp_path / "work", tmp_path / "cache", **moto.environment())
+    assert result.code == 3
+    assert f"s3://{bucket}/data/bad.jsonl, line 41" in result.err
+
+
+def test_from_the_hub_to_the_hub_pinned_to_commits(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+    hub.add_repo("acme/base", "model", {p.name: p for p in BASE.iterdir()})
+    hub.add_repo(
+        "acme/chats",
+        "dataset",
+        {
+            "README.md": (
+                b"---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: s/*.jsonl\n"
+                b"  - split: test\n    path: t/*.jsonl\n- config_name: large\n  data_files: s/*.jsonl\n---\n"
+            ),
+            "s/a.jsonl": "\n".join(map(json.dumps, ROWS[:30])).encode(),
+            "t/b.jsonl": "\n".join(map(json.dumps, ROWS[30:])).encode(),
+        },
+        private=True,
+    )
+    source = {"source": "hf://acme/chats", "config": "small"}
+    file = spec(
+        tmp_path / "spec.yaml",
+        "acme/base",
+        {"train": source, "eval": [{**source, "split": "test"}]},
+        [{"hub": "acme/tuned", "adapter": "acme/tuned-lora"}, str(tmp_path / "published")],
+    )
+    env = {**hub.environment(token=TOKEN, home=tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    done = go("run", file, tmp_path / "work", tmp_path / "cache", **env)
+    assert done.code == 0, done.err + done.out[-3000:]
+    manifest = json.loads((tmp_path / "work" / "remote" / "manifest.json").read_text())
+    assert manifest["inputs"]["base"]["commit"] == hub.commits("acme/base")[-1].sha
+    assert [len(d["files"]) for d in manifest["inputs"]["data"]] == [1, 1]
+    assert [d["files"][0][0] for d in manifest["inputs"]["data"]] == ["s/a.jsonl", "t/b.jsonl"]
+    assert manifest["data"]["train_rows"] == 30
+    assert manifest["data"]["eval_rows"] == 10
+    config = json.loads((tmp_path / "work/remote/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "acme/base"
+    assert config["revision"] == manifest["inputs"]["base"]["commit"]
+    main, adapter = hub.files("acme/tuned"), hub.files("acme/tuned-lora")
+    assert {"manifest.json", "config.json", "model.safetensors", "tokenizer.json"} <= set(main)
+    assert {"manifest.json", "adapter_config.json", "adapter_model.safetensors"} <= set(adapter)
+    assert not any(path.startswith("adapter/") for path in main)
+    assert main["model.safetensors"].sha256 == sha256_of(tmp_path / "work/remote/merged/model.safetensors")  # fmt: skip
+    assert (tmp_path / "published" / "manifest.json").is_file()
+    wrong = go("check", spec(tmp_path / "wrong.yaml", "acme/base", {"train": "hf://acme/chats"}, []), tmp_path / "work", tmp_path / "cache", **env)  # fmt: skip
+    assert wrong.code == 2
+    assert "small" in wrong.err
+    assert "large" in wrong.err
+
+
+def test_one_target_fails_the_others_are_served_and_the_next_start_sends_what_is_missing(
+    moto: S3Server,  # noqa: F811
+    bucket: str,
+    tmp_path: Path,
+) -> None:
+    file = spec(
+        tmp_path / "spec.yaml",
+        str(BASE),
+        {"train": f"s3://{bucket}/data/chats.jsonl"},
+        [f"s3://{bucket}/one", str(tmp_path / "two")],
+    )
+    with running_proxy(moto.endpoint, rate=0) as proxy:
+        env = {**moto.environment(), "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+        proxy.fail("expired", match=r"PUT .*/one/merged", times=99)
+        failed = go("run", file, tmp_path / "work", tmp_path / "cache", **env)
+    assert failed.code == 10
+    assert f"s3://{bucket}/one" in failed.err
+    assert "expired" in failed.err
+    assert (tmp_path / "two" / "manifest.json").is_file()
+    there = [
+        e["Key"] for e in moto.client().list_objects_v2(Bucket=bucket, Prefix="one")["Contents"]
+    ]
+    assert "one/manifest.json" not in there
+    done = go("run", file, tmp_path / "work", tmp_path / "cache", **moto.environment())
+    assert done.code == 0, done.err
+    events = [json.loads(line) for line in done.out.splitlines()]
+    assert {e["stage"] for e in events if e["event"] == "stage_skipped"} >= {"train", "merge"}
+    sent = {e["target"]: e["sent"] for e in events if e["event"] == "published"}
+    assert 0 < sent[f"s3://{bucket}/one"] < len(there) + sent[f"s3://{bucket}/one"]
+    assert sent[str(tmp_path / "two")] == 0
+
+
+def test_check_leaves_nothing_behind(moto: S3Server, bucket: str, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+    file = spec(
+        tmp_path / "spec.yaml",
+        str(BASE),
+        {"train": f"s3://{bucket}/data/chats.jsonl"},
+        [f"s3://{bucket}/one", {"hub": "acme/new"}, str(tmp_path / "two")],
+    )
+    env = {**moto.environment(), **hub.environment(token=TOKEN, home=tmp_path / "hf")}
+    result = go("check", file, tmp_path / "work", tmp_path / "cache", **env)
+    assert result.code == 0, result.err
+    assert "can be written" in result.out
+    assert "Contents" not in moto.client().list_objects_v2(Bucket=bucket, Prefix="one")
+    assert not (tmp_path / "two").exists()
+    assert not hub.seen(r"POST /api/models/acme/new/commit")
+
+
+def test_what_will_not_work_is_known_before_anything_is_trained(
+    moto: S3Server,  # noqa: F811
+    bucket: str,
+    hub: Hub,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    hub.add_token("hf_" + "r" * 30, "ada", role="read")
+    hub.add_repo("acme/gated", "model", {p.name: p for p in BASE.iterdir()}, gated=True)
+    rows = f"s3://{bucket}/data/chats.jsonl"
+    env = {**moto.environment(), **hub.environment(token="hf_" + "r" * 30, home=tmp_path / "hf")}
+    for base, data, publish, words in (
+        (str(BASE), rows, ["s3://no-such-bucket-here/x"], ["no such bucket"]),
+        (str(BASE), f"s3://{bucket}/nothing/", [], ["nothing at"]),
+        (f"s3://{bucket}/data", rows, [], ["no config.json"]),
+        ("acme/gated", rows, [], ["acme/gated", "access"]),
+        ("acme/missing", rows, [], ["acme/missing"]),
+        (str(BASE), rows, [{"hub": "acme/new"}], ["write"]),
+    ):
+        file = spec(tmp_path / "spec.yaml", base, {"train": data}, publish)
+        result = go("run", file, tmp_path / "work", tmp_path / "cache", **env)
+        assert result.code == 4, (base, data, publish, result.err)
+        assert all(word in result.err for word in words), result.err
+        assert "stage_start" not in result.out
