@@ -15,7 +15,8 @@ that says what to do. Nothing else in the package calls `sys.exit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LorajobError(Exception):
@@ -69,6 +70,17 @@ class ServiceError(LorajobError):
 class Preempted(LorajobError):
     exit_code = 20
     title = "stopped from outside"
+
+
+@contextmanager
+def in_field(name: str) -> Iterator[None]:
+    """Errors from within name this field of the spec."""
+    try:
+        yield
+    except LorajobError as error:
+        if not error.message.startswith(name):
+            error.message = f"{name}: {error.message}"
+        raise
 
 
 def bullet_list(lines: Iterable[str], limit: int = 20) -> str:

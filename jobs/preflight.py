@@ -10,7 +10,7 @@ from pathlib import Path
 from jobs.base_model import BaseModel, open_base
 from jobs.data.origins import Origins, find_origins
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
-from jobs.errors import DoesNotFitError
+from jobs.errors import DoesNotFitError, in_field
 from jobs.export.llama.build import find_tools, require_compiler
 from jobs.spec import Spec
 from jobs.store.base import Store
@@ -60,7 +60,8 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
     """
     connections = Connections(spec.s3, Retries(tell=tell))
     targets = [connections.target(target) for target in spec.publish]
-    base = open_base(spec.model.base, connections)
+    with in_field("model.base"):
+        base = open_base(spec.model.base, connections)
     files = TokenizerFiles(base.folder, spec.model.chat_template, spec.model.template_date)
     tokenizer = files.load()
     origins = find_origins(spec.data, connections)
@@ -68,7 +69,8 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
         require_compiler()
     LocalStore(folder).prove_writable(keep=True)
     for store in targets:
-        store.prove_writable(keep)
+        with in_field("publish"):
+            store.prove_writable(keep)
     disk = [
         Need(folder, run_bytes(spec, base), "the run"),
         Need(cache_folder(), base.missing_bytes(), "the base model"),

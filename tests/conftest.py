@@ -14,6 +14,7 @@ from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
 from jobs.train.runtime import settle_threads
 
 settle_threads()  # before any test imports torch
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # no test waits for a cloud's credentials
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "examples" / "demo" / "base"

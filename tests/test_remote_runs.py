@@ -146,7 +146,7 @@ def test_from_the_hub_to_the_hub_pinned_to_commits(hub: Hub, tmp_path: Path) -> 
     done = go("run", file, tmp_path / "work", tmp_path / "cache", **env)
     assert done.code == 0, done.err + done.out[-3000:]
     manifest = json.loads((tmp_path / "work" / "remote" / "manifest.json").read_text())
-    assert manifest["inputs"]["base"]["commit"] == hub.commits("acme/base")[-1].sha
+    assert manifest["inputs"]["base"]["commit"] == hub.commits("acme/base")[0].oid
     assert [len(d["files"]) for d in manifest["inputs"]["data"]] == [1, 1]
     assert [d["files"][0][0] for d in manifest["inputs"]["data"]] == ["s/a.jsonl", "t/b.jsonl"]
     assert manifest["data"]["train_rows"] == 30

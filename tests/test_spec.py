@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from jobs.spec import Spec, json_schema
+from jobs.spec import HubTarget, Spec, json_schema
 from tests.conftest import ROOT
 
 
@@ -100,9 +100,10 @@ def test_a_spec_does_not_change_once_it_is_read() -> None:
         spec.name = "other"
 
 
-def test_a_hub_target_is_told_as_a_url() -> None:
-    spec = Spec.model_validate(tree(publish=[{"hub": "acme/bot"}, "folder"]))
-    assert spec.publish == ["hub://acme/bot", "folder"]
+def test_a_hub_target_can_be_told_as_an_address() -> None:
+    same = [{"hub": "acme/bot"}, "hub://acme/bot", "hf://acme/bot"]
+    targets = Spec.model_validate(tree(publish=[*same, "folder"])).publish
+    assert targets == [HubTarget(hub="acme/bot")] * 3 + ["folder"]
 
 
 def objects(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import sys
 from pathlib import Path
@@ -270,3 +271,86 @@ def test_binary_junk_is_no_spec(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(bytes(range(256)))
     with pytest.raises(SpecError, match="no UTF-8 text"):
         load_spec(str(tmp_path / "junk"), {})
+
+
+TOKEN = "hf_" + "9aBcDeFgHiJkLmNoPqRsTuVwXyZ2qWeRtY"
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "line"),
+    [
+        (GOOD.replace("some/base", TOKEN), "model.base", 3),
+        (GOOD + f"zzzz: [1, {{a: 'x {TOKEN}'}}]\n", "zzzz.1.a", 6),
+        (GOOD + f"verify: {{prompts: [{{ask: 'Bearer {TOKEN}'}}]}}\n", "verify.prompts.0.ask", 6),
+        (GOOD + f"publish:\n  - out\n  - https://me:{TOKEN}@host/x\n", "publish.1", 8),
+        (GOOD + f"train:\n  {TOKEN}: 1\n", "train.***", 7),
+        (GOOD + f"zzzz: !!binary {base64.b64encode(TOKEN.encode()).decode()}\n", "zzzz", 6),
+        (GOOD + f"zzzz: !!set {{{TOKEN}}}\n", "zzzz.0", 6),
+        (GOOD + f"a: &a [*a, {TOKEN}]\n", "a.1", 6),
+    ],
+)
+def test_a_secret_anywhere_is_refused_by_its_fields_name(
+    tmp_path: Path, text: str, field: str, line: int
+) -> None:
+    said = mistakes(tmp_path, text)
+    assert f"{field}: holds a secret (line {line})" in said
+    assert TOKEN not in said
+
+
+def test_every_secret_is_told_at_once_before_any_mistake(tmp_path: Path) -> None:
+    text = GOOD.replace("some/base", TOKEN).replace("x.jsonl", TOKEN) + "zzzz: 1\n"
+    said = mistakes(tmp_path, text, LORAJOB__TRAIN__TOKEN=TOKEN)
+    assert said.count("holds a secret") == 3
+    assert "train.token: holds a secret (LORAJOB__TRAIN__TOKEN)" in said
+    assert "zzzz" not in said
+
+
+def test_a_value_of_the_environment_is_refused_in_a_spec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(tmp_path, GOOD.replace("some/base", "open-sesame")).model.base == "open-sesame"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "open-sesame")
+    said = mistakes(tmp_path, GOOD.replace("some/base", "open-sesame"))
+    assert "model.base: holds a secret (line 3)" in said
+    assert "sesame" not in said
+
+
+@pytest.mark.parametrize("name", ["secret_key", "token", "password", "access_key", "hf_token"])
+def test_a_field_for_a_secret_is_told_where_secrets_belong(tmp_path: Path, name: str) -> None:
+    said = mistakes(tmp_path, GOOD + f"{name}: sesame\n")
+    assert f"{name}: unknown field; credentials belong into the environment" in said
+    assert "did you mean" not in said
+    assert "sesame" not in said
+
+
+def test_a_wrong_value_is_shown_without_its_secret(tmp_path: Path) -> None:
+    filler = "x" * 105  # so that showing a part of it would cut the token in two
+    said = mistakes(tmp_path, GOOD + f"train: {{epochs: '{filler} token={TOKEN[3:]}'}}\n")
+    assert "train.epochs:" in said
+    assert "token=***" in said
+    assert TOKEN[3:8] not in said
+
+
+def test_a_line_that_is_no_yaml_is_told_without_its_secret(tmp_path: Path) -> None:
+    for text in (f"a: *{TOKEN}\n", f"a: !{TOKEN} x\n", f"{TOKEN}: 1\n{TOKEN}: 2\n"):
+        said = mistakes(tmp_path, text)
+        assert "no valid YAML" in said
+        assert "***" in said
+        assert TOKEN not in said
+
+
+def test_a_path_with_a_secret_is_told_without_it() -> None:
+    with pytest.raises(AccessError) as caught:
+        load_spec(f"https://h.example/x?token={TOKEN}", {})
+    assert caught.value.message == "there is no spec at https://h.example/x?token=***"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD + "publish: [{hub: 'not a repository'}]\n",
+        GOOD + "s3: {endpoint: 'no address'}\n",
+    ],
+)
+def test_a_text_of_no_known_pattern_is_a_mistake_and_no_bug(tmp_path: Path, text: str) -> None:
+    assert "has 1 mistake" in mistakes(tmp_path, text)

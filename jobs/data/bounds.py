@@ -1,22 +1,26 @@
 """Where a turn with reasoning or tool calls begins and ends. For the skeletons, see `skeleton.py`.
 
-It begins where the prompt for it ends, for what comes after that the model has to write:
+It begins where the prompt for it ends, for what comes after that the model has to write. The prompt
+is what a server renders with add_generation_prompt from the messages before; its tail is what stands
+there after their last text.
 
-1. What stands between the last text before the turn and the turn begins with the whole tail of the
-   prompt, which is what a server renders with add_generation_prompt from the messages before. Then
-   the model goes on from exactly there.
-2. The prompt goes on otherwise than the turn is written, after a header that both have. What it adds
-   must be white space, or a reasoning that it opens, or one that it opens and closes:
-   `<think></think>`, which templates leave out of earlier turns. If the turn begins with the end of
-   that, as in `</think>`, this is the prompt's too. A prompt that adds anything else is for
-   another answer than this one, and so is one that closes the reasoning of a turn that has some.
-3. A template whose prompt adds nothing has no header at all, or it knows no prompt. It has none
-   where it writes none before a plain answer either.
+1. After that text the turn is written with the whole tail. Then the model goes on from there.
+2. It is written otherwise after a header that both have, because the prompt adds white space, opens
+   a reasoning, or opens and closes one: `<think></think>`, which templates leave out of earlier
+   turns. If the turn goes on with the end of an empty one, as in `</think>`, that is the prompt's
+   too. A prompt that adds anything else is for another answer than this one, and so is one that has
+   closed the reasoning of a turn that has some: refused.
+3. What the template writes behind all messages may be in the tail and not before the turn. Then the
+   turn must be written with all that add_generation_prompt adds.
+4. A template whose prompt adds nothing has no header, or it knows no prompt. It has none where it
+   writes none before a plain answer either.
 
-It ends with the first end-of-turn token after its last text and its last call.
+It ends with the first end-of-turn token after its last text and its last call, if that token stands
+before the next message. Where the next one has no text, and so no mark, it is given one to see.
 
-What a tool call says is data as any text is, and may imitate markers, but templates take it apart. So
-it is compared with a twin: the same conversation with strange letters for the call's own texts.
+What a tool call says is data as any text is and may imitate markers, but templates take it apart. So
+all this is read off a twin: the same conversation with strangers in place of the texts in its calls.
+The twin shows too whether each of them is written.
 """
 
 from __future__ import annotations
@@ -321,13 +325,12 @@ class BoundsFinder:
                 return
             follower = follower_of(messages[index])
         elif last < len(marks) and marks[last][0] == index + 1:
-            if self._later_end(rest):
-                raise BadRow("the chat template ends an assistant turn twice")
+            self._require_one_end(rest)
             return
         else:  # the next message has no text: see where it begins by giving it one
             follower = {**messages[index + 1], "content": True}
         if follower["role"] == "assistant":
-            raise BadRow(NO_END)
+            raise BadRow("two assistant turns with no text between them cannot be told apart")
         copies = [*messages[: index + 1], follower, *messages[index + 2 :]]
         made = marked(self._template, copies, shape.tools)
         other = self.shape(copies, shape.tools, made, only=index)
@@ -338,6 +341,7 @@ class BoundsFinder:
         # White space may differ: some templates write the last turn without the newline.
         if not literal.startswith(begun) or literal[at:end].split() != closing.split():
             raise BadRow(NO_END)
+        self._require_one_end(literal[end:])
 
     def _ends_as_plain(self, shape: Shape, index: int, written: str) -> bool:
         """Whether the last turn ends with what the template writes after a plain answer there."""
@@ -351,10 +355,11 @@ class BoundsFinder:
             and len(written) - len(ending) <= ends[0].start()
         )
 
-    def _later_end(self, rest: str) -> bool:
-        """Whether another turn ends in what follows the end of a turn."""
+    def _require_one_end(self, rest: str) -> None:
+        """`rest` stands between a turn's end and the next text."""
         ends = [found for found in self._special.finditer(rest) if found[0] in self._ends]
-        return bool(ends) and bool(rest[: ends[0].start()].strip())
+        if ends and rest[: ends[0].start()].strip():
+            raise BadRow("the chat template ends an assistant turn twice")
 
     def _find_usual_prompt(self) -> str:
         """What the template writes to prompt for an answer to a user's text; "" if it knows no prompt."""

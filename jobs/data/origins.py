@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from jobs.data.files import DataFile, choose_files, endings, matches, source_files
-from jobs.errors import AccessError, DataError, SpecError
+from jobs.errors import AccessError, DataError, SpecError, in_field
 from jobs.spec import Data, Source
 from jobs.store.base import Advance, Entry, Store, no_advance
 from jobs.store.connect import Connections
@@ -58,15 +58,20 @@ class Origins:
 
 def find_origins(data: Data, connections: Connections) -> Origins:
     """Look where every source is. Raises AccessError where one is not there or cannot be read."""
-    sources = [*data.train, *(data.eval if isinstance(data.eval, list) else [])]
-    return Origins([_find(source, connections) for source in sources])
+    sides = {"data.train": data.train, "data.eval": data.eval}
+    found = []
+    for side, sources in sides.items():
+        for source in sources if isinstance(sources, list) else []:
+            with in_field(side):
+                found.append(_find(source, connections))
+    return Origins(found)
 
 
 def _find(source: Source, connections: Connections) -> Origin:
     try:
         place = parse_place(source.source, hub_kind="dataset")
     except WrongPlace as error:
-        raise SpecError(f"data: {error}", "name a file, a folder, s3://... or hf://...") from None
+        raise SpecError(f"{error}", "name a file, a folder, s3://... or hf://...") from None
     if source.config is not None and not isinstance(place, HubPlace):
         raise SpecError(
             f"the source {source.source} is no data set of the Hub, and only those have a `config`",

@@ -12,6 +12,7 @@ from typing import Any
 from jobs.data.chunks import Chunk, Labeller, Recipe
 from jobs.data.read import Row
 from jobs.data.tokenizer import ChatTokenizer
+from jobs.secrets import guard_process
 from jobs.spec import RecordFormat
 
 Submit = Callable[[list[Row], RecordFormat, dict[str, str]], "Future[Chunk] | Chunk"]
@@ -29,6 +30,7 @@ _of_process: Labeller | None = None
 
 def _start_process(recipe: Recipe) -> None:
     global _of_process  # noqa: PLW0603 - a process of the pool has one labeller
+    guard_process()
     _of_process = Labeller(recipe)
 
 

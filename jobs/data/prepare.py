@@ -27,6 +27,7 @@ from jobs.data.pool import CHUNK, Submit, cores, labelling
 from jobs.data.read import Row, read_rows
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import DataError, bullet_list
+from jobs.secrets import redact
 from jobs.spec import Data, RecordFormat, Source
 
 Advance = Callable[[int], None]
@@ -175,7 +176,8 @@ def _count(chunk: Chunk, rows: list[Row], counts: Counts, data: Data) -> None:
             "raise it, or set data.too_long to drop or truncate",
         )
     counts.bad += len(chunk.bad)
-    for index, reason in chunk.bad:
+    for index, text in chunk.bad:
+        reason = redact(text)
         counts.reasons[reason] = counts.reasons.get(reason, 0) + 1
         if len(counts.bad_shown) < SHOWN:
             counts.bad_shown.append(f"{rows[index].place}: {reason}")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring, encode_basestring_ascii
@@ -144,8 +145,9 @@ class TurnFinder:
         try:  # it takes the text apart
             return self._answers(text + closing, split, tools, closing)
         except BadRow as other:
-            if self._template.render(split, tools) == text:
-                reason = other
+            with suppress(BadRow):
+                if self._template.render(split, tools) == text:
+                    reason = other
         inline = [
             {**message, INLINE: True} if _is_inline(message, before) else message
             for message, before in zip(split, messages, strict=True)

@@ -42,7 +42,7 @@ def print_check(found: dict[str, Any]) -> None:
             f"average and {data['longest']} at the most; {data['near_limit']} are near the limit",
         ),
         *(
-            ("disk", f"{d['what']}: {_gib(d['bytes'])} in {d['folder']}, {_gib(d['free'])} free")
+            ("disk", f"{d['what']}: {_gib(d['bytes'])} in {d['folder']}, {d['free'] // 2**30} GiB free")
             for d in found["disk"]
             if d["bytes"]
         ),

@@ -15,6 +15,8 @@ from huggingface_hub.utils._http import default_client_factory, hf_raise_for_sta
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from jobs import __version__
+from jobs.errors import AccessError
+from jobs.store.places import WrongPlace, require_no_secret
 
 # The client's own default is to wait for ever. A commit of many files takes the Hub a while.
 TIMEOUT = httpx.Timeout(120.0, connect=20.0, pool=None)
@@ -24,6 +26,10 @@ PASSING = (408, 429)  # besides all from 500 on: states of the Hub that may pass
 def hub_api() -> HfApi:
     """The client. It finds the token (HF_TOKEN or its file) and the endpoint by itself."""
     settle_client()
+    try:
+        require_no_secret(constants.ENDPOINT)
+    except WrongPlace as error:
+        raise AccessError(f"HF_ENDPOINT: {error}", "set it to https://HOST") from None
     return HfApi(library_name="lorajob", library_version=__version__)
 
 

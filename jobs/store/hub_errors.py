@@ -69,11 +69,13 @@ def _meaning(error: BaseException, about: About) -> Again | LorajobError | None:
                 f"{about.endpoint} does not answer as a Hub does",
                 "check HF_ENDPOINT, and any proxy in between",
             )
-        case httpx.UnsupportedProtocol() | httpx.LocalProtocolError() | httpx.InvalidURL():
-            return AccessError(
-                f"{about.endpoint} cannot be asked: {error}", "check HF_ENDPOINT, and HF_TOKEN for "
-                "characters that do not belong there",
-            )  # fmt: skip
+        case httpx.LocalProtocolError() | UnicodeEncodeError():
+            return AccessError(  # whose own text quotes the token
+                f"{about.name} cannot be asked for: a header has characters that none may have",
+                "look at HF_TOKEN: a line break or quotation mark may have come along with it",
+            )
+        case httpx.UnsupportedProtocol() | httpx.InvalidURL():
+            return AccessError(f"{about.endpoint} is no address of a Hub", "check HF_ENDPOINT")
         case httpx.ConnectError() if "CERTIFICATE" in str(error):
             return AccessError(
                 f"{about.endpoint} has a certificate that is not trusted here",

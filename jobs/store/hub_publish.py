@@ -22,6 +22,7 @@ from jobs.store.manifest import NAME
 
 THREADS = 5  # files at a time
 LARGE = 2**20  # bytes from which a file is sent and retried by itself, before the commit
+UNSEEN = 16 * 2**20  # bytes up to which the Hub may take a file without looking at its sha256
 
 
 def as_json(value: Any) -> bytes:
@@ -130,8 +131,7 @@ class Publication:
             source = self.folder / file["path"]
             if not source.is_file():
                 raise AccessError(f"{source} is gone", "leave the run's folder alone while it runs")
-            # Of a large file the Hub sees it; a small one goes as it is.
-            if file["size"] < LARGE and sha256_of(source) != file["sha256"]:
+            if file["size"] < UNSEEN and sha256_of(source) != file["sha256"]:
                 raise AccessError(
                     f"{source} is another one than {NAME} lists",
                     "leave the run's folder alone while it runs, and start the same run again",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +13,7 @@ from botocore.config import Config
 from urllib3 import exceptions as http
 
 from jobs.errors import AccessError, LorajobError, ServiceError
+from jobs.secrets import remember
 from jobs.spec import S3Options
 from jobs.store.local import FULL, disk_error
 from jobs.store.retry import Again, Judge
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 THREADS = 8  # transfers at a time
+# Bytes of a body that are sent without asking first whether they are wanted: what fits the buffers
+# between here and the server costs nothing where it is refused, and asking costs a round trip.
+UNASKED = 128 << 10
+RENEWAL = 60.0  # seconds that credentials which ran out are given to be renewed
 
 # Error codes that pass, by AWS's list of S3 errors and its SDKs' list of throttling codes.
 PASSING = {
@@ -59,7 +65,8 @@ class Client:
         self.options = options
         self._lock = threading.Lock()
         self._made: S3Client | None = None
-        self._expired_keys: set[str] = set()
+        self._key, self._fixed = "", False  # of the client that was dropped last
+        self._expired: dict[str, float] = {}  # access keys, and when they were first refused
 
     @property
     def s3(self) -> S3Client:
@@ -86,7 +93,7 @@ class Client:
                     read_timeout=60,
                     tcp_keepalive=True,
                     max_pool_connections=2 * THREADS,
-                    request_checksum_calculation=when,
+                    request_checksum_calculation="when_required",  # ours are made once, by Upload
                     response_checksum_validation=when,
                     s3={"addressing_style": "path" if options.path_style else "auto"},
                     user_agent_extra="lorajob",
@@ -95,12 +102,27 @@ class Client:
         except (sdk.BotoCoreError, ValueError) as error:
             meant = meaning(error, f"s3://{self.bucket}")
             raise meant if isinstance(meant, LorajobError) else error from None
+        credentials = session.get_credentials()
+        if credentials:
+            # A role's stand in no variable: only here it is known what must never be shown.
+            frozen = credentials.get_frozen_credentials()
+            remember(frozen.secret_key or "", frozen.token or "")
         own_endpoint = "amazonaws.com" not in made.meta.endpoint_url
         if own_endpoint and options.path_style is None:
             # Ceph and MinIO answer to host names of buckets only where their DNS was set up so.
             self.options = options.model_copy(update={"path_style": True})
             return self._make()
+        made.meta.events.register("before-call.s3", _send_unasked)
         return made
+
+    @property
+    def crc(self) -> bool:
+        """Whether what is sent needs a CRC-32 for the server to check.
+
+        Over plain http every body's SHA-256 is part of the request's signature, and the server
+        refuses what does not match it: a second checksum would guard the same bytes on the same way.
+        """
+        return self.options.checksums and self.s3.meta.endpoint_url.startswith("https:")
 
     def judge(self, what: str) -> Judge:
         """What an error of a call on `what` means."""
@@ -116,17 +138,37 @@ class Client:
     def _renewed(self) -> bool:
         """Drop the client whose credentials have run out; whether new ones may be found.
 
-        A role's or a profile's are read again. Those of the environment stay what they are.
+        A role's or a file's are read again, for a while, because what renews them may be late.
+        Those of the environment stay what they are.
         """
         with self._lock:
             made, self._made = self._made, None
-        if made is None:
-            return True  # another thread has just done so
-        credentials = made._request_signer._credentials  # type: ignore[attr-defined]
-        key = credentials.access_key if credentials else ""
-        known = key in self._expired_keys
-        self._expired_keys.add(key)
-        return not known
+            if made is not None:
+                credentials = made._request_signer._credentials  # type: ignore[attr-defined]
+                self._key, self._fixed = credentials.access_key, credentials.method == "env"
+            since = self._expired.setdefault(self._key, time.monotonic())
+        return not self._fixed and time.monotonic() - since < RENEWAL
+
+
+def _send_unasked(params: dict[str, Any], **rest: Any) -> None:
+    """Small bodies go along with their request (no `Expect: 100-continue`)."""
+    headers = params["headers"]
+    if "Expect" in headers and params["body"].getbuffer().nbytes <= UNASKED:
+        del headers["Expect"]
+
+
+def hurry(body: Any) -> None:
+    """Have what has arrived of an answer acknowledged at once (on Linux; only a hint elsewhere).
+
+    A server that gathers small writes (Ceph does, by default) sends the body of a small object only
+    when its headers were acknowledged, and the kernel takes 40 ms for that where nothing is sent.
+    """
+    option = getattr(socket, "TCP_QUICKACK", None)
+    connection = getattr(getattr(body, "_raw_stream", None), "_connection", None)
+    sock = getattr(connection, "sock", None)
+    if option is not None and sock is not None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, 1)
 
 
 def code_of(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from jobs.store.hashing import sha256_of
 from jobs.store.local import PARTIAL, disk_error
 from jobs.store.pieces import Step
 from jobs.store.retry import Again, Retries
-from jobs.store.s3_client import Client
+from jobs.store.s3_client import Client, hurry
 from jobs.store.s3_upload import SHA256, part_size
 
 BUFFER = 1 << 20
@@ -77,6 +77,7 @@ class Download:
     def _get_whole(self) -> None:
         def get() -> bytes:
             found = self._get()
+            hurry(found["Body"])
             data = found["Body"].read()
             said = found["Metadata"].get(SHA256)
             if len(data) != self.size or (said and hashlib.sha256(data).hexdigest() != said):

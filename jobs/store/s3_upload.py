@@ -48,7 +48,7 @@ class Upload:
         self.extra = extra
         self.advance = advance
         self.what = f"sending {file['path']} to s3://{client.bucket}/{key}"
-        self.checksums = client.options.checksums
+        self.crc, self.md5 = client.crc, not client.options.checksums
         self._lock = threading.Lock()
         self._id = ""
         self._parts: dict[int, dict[str, Any]] = {}  # number (from 1) -> what the end has to name
@@ -92,10 +92,10 @@ class Upload:
 
     def _check(self, data: bytes) -> dict[str, str]:
         """The checksum by which the server notices what was damaged on the way."""
-        if self.checksums:
-            # Ceph checks it only where the algorithm is named, too.
-            return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": _crc32(data)}
-        return {"ContentMD5": base64.b64encode(_md5(data).digest()).decode()}
+        if self.md5:
+            return {"ContentMD5": base64.b64encode(_md5(data).digest()).decode()}
+        # Ceph checks it only where the algorithm is named, too.
+        return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": _crc32(data)} if self.crc else {}
 
     # --- parts
 
@@ -113,7 +113,7 @@ class Upload:
         made = self._call(
             "create_multipart_upload",
             Metadata={SHA256: self.sha256},
-            **({"ChecksumAlgorithm": "CRC32"} if self.checksums else {}),
+            **({"ChecksumAlgorithm": "CRC32"} if self.crc else {}),
             **self.extra,
         )
         self._id = made["UploadId"]
@@ -176,7 +176,7 @@ class Upload:
         return start, min(each, self.size - start)
 
     def _named(self, number: int, etag: str, data: bytes) -> dict[str, Any]:
-        check = {"ChecksumCRC32": _crc32(data)} if self.checksums else {}
+        check = {"ChecksumCRC32": _crc32(data)} if self.crc else {}
         return {"PartNumber": number, "ETag": etag, **check}
 
     def _put_part(self, number: int) -> None:

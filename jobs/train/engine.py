@@ -94,7 +94,6 @@ def add_lora(model: PreTrainedModel, lora: Lora, base: str) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target,
-        base_model_name_or_path=base,
     )
     try:
         peft_model = get_peft_model(model, config)
