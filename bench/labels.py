@@ -64,6 +64,30 @@ SHORT = {
 }
 PEERS = ("ours", "TRL", "unsloth")
 
+# Of each reason for which ours refuses a row: whether exact labels exist.
+NO_ANSWER = "no: "
+REASONS = (
+    ("the chat template refuses it", NO_ANSWER + "nothing is rendered, by transformers neither"),
+    ("leaves out the reasoning", NO_ANSWER + "the reasoning is not in the text, so the model would learn to "
+     "answer without it. Some templates write it with a switch on, but then prompt otherwise too. Of Ministral-3: yes, "
+     "were it handed over as a part of a list of contents"),
+    ("repeats a turn of the", NO_ANSWER + "a turn that was said is not in the text"),
+    ("repeats an assistant turn", NO_ANSWER + "the answer is not in the text, or stands there twice"),
+    ("leaves out an assistant's tool calls", NO_ANSWER + "a call, or one of its arguments, is not in the text"),
+    ("never learn to stop", NO_ANSWER + "there is no token to stop with"),
+    ("opens or closes a reasoning otherwise", NO_ANSWER + "the prompt opens a reasoning that the turn does not "
+     "have, or has closed the one that it has: what the model would have to write is not in the row"),
+    ("before its tool calls", NO_ANSWER + "the model would stop before it calls"),
+    ("in its own text", NO_ANSWER + "the model would stop in the middle. Of gpt-oss and Solar with reasoning: yes, if "
+     "`<|end|>`, which ends both a part and an earlier turn there, were known not to stop the model"),
+    ("middle of a token", "yes: but the SentencePiece tokenizer decodes a piece that begins there with a "
+     "space more or less, so that its tokens are not proven"),
+    ("in no way that can be known", NO_ANSWER + "the template takes no tool's result after a call, so its end is not known"),
+    ("rewrites a turn", NO_ANSWER + "a text is changed, or a turn is written in two places"),
+    ("ends an assistant turn twice", NO_ANSWER + "the model would stop at the first end"),
+)  # fmt: skip
+OTHER_REASON = "other"
+
 Spans = list[str]
 
 
@@ -101,8 +125,14 @@ def without_opener(span: str) -> str:
 
 def words(message: dict[str, Any]) -> str:
     """Something of the message that the model has to write."""
-    text = str(message["content"]).split("</think>")[-1].strip()
-    return text or str(message["tool_calls"][0]["function"]["name"])
+    text = str(message["content"] or "").split("</think>")[-1].strip()
+    calls = message.get("tool_calls") or ()
+    return text or next((str(call["function"]["name"]) for call in calls), thought(message))
+
+
+def thought(message: dict[str, Any]) -> str:
+    named = (message.get(field) for field in ("reasoning_content", "reasoning", "thinking"))
+    return next((str(text) for text in named if text), "")
 
 
 def fault(got: Spans, expected: Expected, core: str) -> str:
@@ -126,20 +156,21 @@ def fault(got: Spans, expected: Expected, core: str) -> str:
 def lost(case: Case, text: str) -> bool:
     """Whether something that was said is not in the text; of reasoning only the last one counts."""
     last = max(case.trained)
-    said = [message["content"] for message in case.messages]
-    said.append(case.messages[last].get("reasoning_content", ""))
+    said = [message["content"] or "" for message in case.messages]
+    said.append(thought(case.messages[last]))
     parts = [part.strip() for whole in said for part in re.split("</?think>", whole)]
     plain = text.replace("\\n", "\n")  # a tool's result may be JSON
     return any(part and part not in plain for part in parts)
 
 
-def ours(tokenizer: ChatTokenizer, _: Any, case: Case) -> tuple[Spans, Render]:
+def ours(tokenizer: ChatTokenizer, _: Any, case: Case) -> tuple[Spans, Render, Case]:
     try:
         made = label(tokenizer, case.conversation, case.loss_on)
     except BadRow as reason:
         raise Refusal(str(reason)) from None
     spans = [tokenizer.text_of(made.input_ids[a:b]) for a, b in spans_of(made.labels)]
-    return spans, renderer(tokenizer.template)
+    render = renderer(tokenizer.template)
+    return spans, render, case.as_rendered(render, made.text)
 
 
 def hf_renderer(hf: Any, template: str | None) -> Render:
@@ -154,7 +185,7 @@ def hf_renderer(hf: Any, template: str | None) -> Render:
     return render
 
 
-def trl(tokenizer: ChatTokenizer, hf: Any, case: Case) -> tuple[Spans, Render]:
+def trl(tokenizer: ChatTokenizer, hf: Any, case: Case) -> tuple[Spans, Render, Case]:
     """As SFTTrainer prepares a row with assistant_only_loss."""
     from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -174,7 +205,7 @@ def trl(tokenizer: ChatTokenizer, hf: Any, case: Case) -> tuple[Spans, Render]:
     if 1 not in mask:
         raise Refusal("no assistant tokens")  # SFTTrainer raises RuntimeError
     labels = [token if bit else -100 for token, bit in zip(ids, mask, strict=True)]
-    return [hf.decode(ids[a:b]) for a, b in spans_of(labels)], hf_renderer(hf, template)
+    return [hf.decode(ids[a:b]) for a, b in spans_of(labels)], hf_renderer(hf, template), case
 
 
 def unsloth_masking() -> Callable[..., Any] | None:
@@ -191,16 +222,16 @@ def unsloth_masking() -> Callable[..., Any] | None:
     return function
 
 
-def unsloth(masking: Callable[..., Any]) -> Callable[..., tuple[Spans, Render]]:
+def unsloth(masking: Callable[..., Any]) -> Callable[..., tuple[Spans, Render, Case]]:
     """With the instruction and response part that unsloth itself finds in the template."""
 
-    def made_by(tokenizer: ChatTokenizer, hf: Any, case: Case) -> tuple[Spans, Render]:
+    def made_by(tokenizer: ChatTokenizer, hf: Any, case: Case) -> tuple[Spans, Render, Case]:
         render = hf_renderer(hf, None)
         text = render(case.messages, case.tools, False)
         ids = hf(text, add_special_tokens=False).input_ids
         mask = masking(None, tokenizer=hf, return_function=True)
         labels = mask({"input_ids": [ids]})["labels"][0]
-        return [hf.decode(ids[a:b]) for a, b in spans_of(labels)], render
+        return [hf.decode(ids[a:b]) for a, b in spans_of(labels)], render, case
 
     return made_by
 
@@ -232,7 +263,7 @@ def main() -> None:
     templates = find_templates()
     if not templates:
         raise SystemExit("llama.cpp's templates are missing: `make tools`")
-    peers: dict[str, Callable[..., tuple[Spans, Render]]] = {"ours": ours}
+    peers: dict[str, Callable[..., tuple[Spans, Render, Case]]] = {"ours": ours}
     if importlib.util.find_spec("trl"):
         peers["TRL"] = trl
     masking = unsloth_masking()
@@ -241,6 +272,7 @@ def main() -> None:
     folders = [DEMO, *(SHARED / name for name in REAL if (SHARED / name).is_dir())]
     counts: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     why: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    reasons: Counter[str] = Counter()
     names: list[str] = []
     for folder in folders:
         kept: dict[int, Any] = {}
@@ -255,20 +287,28 @@ def main() -> None:
                     hf = fast_tokenizer(tokenizer, kept)
                     try:
                         with contextlib.redirect_stdout(io.StringIO()):
-                            spans, render = made_by(tokenizer, hf, case)
-                        kind = judge(spans, expectation(render, case, ends), case, ends)
+                            spans, render, made = made_by(tokenizer, hf, case)
+                        kind = judge(spans, expectation(render, made, ends), made, ends)
                     except Exception as reason:  # whatever a peer or a template raises
                         kind = REFUSED
-                        if peer == "ours" and folder == DEMO:
-                            why[path.stem][str(reason)].append(case.name)
+                        if peer == "ours":
+                            reasons[class_of(str(reason))] += 1
+                            if folder == DEMO:
+                                why[path.stem][str(reason)].append(case.name)
                     counts[path.stem][peer][kind] += 1
-    RESULT.write_text(report(counts, why, names, [folder.name for folder in folders], set(peers)))
+    tokenizers = [folder.name for folder in folders]
+    RESULT.write_text(report(counts, why, reasons, names, tokenizers, set(peers)))
     print("\n".join(RESULT.read_text(encoding="utf-8").splitlines()[:30]))
+
+
+def class_of(reason: str) -> str:
+    return next((text for text, _ in REASONS if text in reason), OTHER_REASON)
 
 
 def report(
     counts: dict[str, dict[str, Counter[str]]],
     why: dict[str, dict[str, list[str]]],
+    reasons: Counter[str],
     names: list[str],
     folders: list[str],
     present: set[str],
@@ -301,7 +341,8 @@ def report(
         f"{len(folders)} tokenizers ({', '.join('demo' if name == 'base' else name for name in folders)}) "
         f"= {rows} rows. Exact: each answer, from its first word or from the end of what prompts for it, "
         "to the token that stops the model, and nothing else. What is exact is found without any of the "
-        "three (`tests/data/cases.py`). TRL: `assistant_only_loss` with `get_training_chat_template`; "
+        "three (`tests/data/cases.py`). A tool call that holds the end-of-turn token has no exact labels, "
+        "for the model stops there. TRL: `assistant_only_loss` with `get_training_chat_template`; "
         "unsloth: `train_on_responses_only` with the parts that it finds itself. The stop "
         "tokens of each template's model are a table in `tests/data/cases.py`, read off the templates; "
         "ours was mended on these same cases, so its 0 means no known fault. TRL knows templates by "
@@ -315,6 +356,12 @@ def report(
         f"| of {len(counts)} templates: some rows exact, none wrong | "
         + " | ".join(cell(p, str(whole[p])) for p in PEERS) + " |",
         "",
+        "## Why ours refuses",
+        "",
+        "| reason | rows | do exact labels exist? |",
+        "| --- | --- | --- |",
+        *(f"| {text} | {reasons[text]} | {exist} |" for text, exist in (*REASONS, (OTHER_REASON, "")) if reasons[text]),
+        "",
         "## By template",
         "",
         "Rows of each kind.",
@@ -323,12 +370,12 @@ def report(
         "| --- |" + " --- |" * (len(PEERS) + 1),
     ]  # fmt: skip
     for name, row in sorted(counts.items()):
-        reasons = "; ".join(
+        causes = "; ".join(
             f"{'all' if len(cases) == len(names) else ', '.join(cases)}: {reason}"
             for reason, cases in why[name].items()
         ).replace("|", "\\|")
         cells = " | ".join(cell(peer, short(row[peer])) for peer in PEERS)
-        lines.append(f"| {name} | {cells} | {reasons} |")
+        lines.append(f"| {name} | {cells} | {causes} |")
     return "\n".join([*lines, ""])
 
 

@@ -191,7 +191,7 @@ class HubStore:
                 if blob is None or blob.size != file["size"]:
                     continue
                 # The Hub says the sha256 of large files only. The others are small: they are read.
-                sha256 = blob.sha256 or _sha256(repository.read(path, tree.commit))
+                sha256 = blob.sha256 or _sha256(repository.read(path, tree))
                 if sha256 == file["sha256"]:
                     found.add(key)
         if NAME in entry_of and _sha256(as_json(self.read_json(NAME))) == entry_of[NAME]["sha256"]:

@@ -41,6 +41,7 @@ def is_offline() -> bool:
 def settle_client() -> None:
     """Once for the process: what huggingface_hub shares between all its calls."""
     set_client_factory(_client)
+    constants.DOWNLOAD_CHUNK_SIZE = 2**20  # the client's own 10 MB for each file add up
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where HF_HUB_DISABLE_PROGRESS_BARS=0 forbids it
         disable_progress_bars()

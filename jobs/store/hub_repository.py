@@ -25,7 +25,7 @@ from huggingface_hub.utils._http import hf_raise_for_status
 from jobs import __version__
 from jobs.errors import AccessError, LorajobError
 from jobs.store.hub_client import Account, hub_api
-from jobs.store.hub_errors import About, Overtaken, judge
+from jobs.store.hub_errors import About, Damaged, Overtaken, judge
 from jobs.store.retry import Again, Retries
 
 Kind = Literal["model", "dataset"]
@@ -118,15 +118,17 @@ class Repository:
 
         return self.call("looking at", ask)
 
-    def read(self, path: str, commit: str) -> bytes:
+    def read(self, path: str, tree: Tree) -> bytes:
         """A small file's content."""
         url = hf_hub_url(
-            self.id, path, repo_type=self.kind, revision=commit, endpoint=self.api.endpoint
+            self.id, path, repo_type=self.kind, revision=tree.commit, endpoint=self.api.endpoint
         )
 
         def ask() -> bytes:
             response = get_session().get(url, headers=self.headers())
             hf_raise_for_status(response)
+            if not tree.files[path].sha256 and git_id(response.content) != tree.files[path].git:
+                raise Damaged(path)
             return response.content
 
         return self.call(f"reading {path} of", ask)
@@ -137,7 +139,7 @@ class Repository:
         if not isinstance(there, Tree) or path not in there.files:
             return None
         try:
-            return json.loads(self.read(path, there.commit))
+            return json.loads(self.read(path, there))
         except (ValueError, RecursionError):
             return None
 

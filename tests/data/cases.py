@@ -3,15 +3,16 @@
 The templates are those that llama.cpp ships. A template's own tokenizer would have its markers as
 special tokens; here they are added to the tokenizer at hand.
 
-`expectation` does not use `jobs.data.skeleton`: it puts texts of the same length, each of a
+`expectation` does not use `jobs.data.skeleton` and `jobs.data.bounds`: it puts texts of the same length, each of a
 character of its own, in place of the real ones, and so sees where each text stands.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "demo" / "base"
 SHARED = ROOT.parent / "shared" / "tokenizers"
 REAL = ("gpt-2", "llama-2-spm", "llama-3", "qwen2")
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 Render = Callable[[Sequence[Message], Sequence[dict[str, Any]], bool], str]
 
@@ -152,6 +155,45 @@ class Case:
         ]
         return all_[-1:] if self.loss_on == "last_response" else all_
 
+    def as_rendered(self, render: Render, text: str) -> Case:
+        """The case in the form in which it is rendered as `text` or as its beginning.
+
+        Servers hand an answer's parts to templates in several forms; the first one is ours.
+        """
+        for form in _forms(self.messages):
+            try:
+                rendered = render(form, self.tools, False)
+            except Exception:  # whatever a template raises
+                continue
+            if text.startswith(rendered):
+                return replace(self, messages=form)
+        return self
+
+
+def _forms(messages: tuple[Message, ...]) -> Iterable[tuple[Message, ...]]:
+    yield messages
+    for text in (True, False):  # arguments as JSON text, or as they are
+        form = []
+        for message in messages:
+            copy = dict(message)
+            if copy.get("tool_calls"):
+                copy["content"] = copy["content"] or None
+                if text:
+                    copy["tool_calls"] = [_with_json_text(call) for call in copy["tool_calls"]]
+            form.append(copy)
+        yield tuple(form)
+    for name in ("reasoning", "thinking"):
+        form = [dict(message) for message in messages]
+        for copy in form:
+            if "reasoning_content" in copy:
+                copy[name] = copy.pop("reasoning_content")
+        yield tuple(form)
+
+
+def _with_json_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"])}}
+
 
 def user(text: str) -> Message:
     return {"role": "user", "content": text}
@@ -206,10 +248,18 @@ CALL = Case(
     (user("Weather in Iceland?"), answer("", tool_calls=[_CALL]), _RESULT, answer("Cold and wet.")),
     (_WEATHER,),
 )
+CALLS = (
+    CALL,
+    Case("text and tool call", (CALL.messages[0], answer("Let me look.", tool_calls=[_CALL]), *CALL.messages[2:]), (_WEATHER,)),
+    Case("reasoning and tool call", (CALL.messages[0], answer("", tool_calls=[_CALL], reasoning_content="I must look."), *CALL.messages[2:]), (_WEATHER,)),
+    Case("empty tool result", (*CALL.messages[:2], {**_RESULT, "content": ""}, CALL.messages[3]), (_WEATHER,)),
+    Case("tool call at the end", CALL.messages[:2], (_WEATHER,)),
+)  # fmt: skip
 REASONING = (
+    Case("nothing but reasoning", (user("Hi there."), answer("", reasoning_content="A greeting it is."))),
     Case("reasoning", (user("Hi there."), answer("Hello!", reasoning_content="A greeting it is."))),
     Case("inline reasoning", (user("Hi there."), answer("<think>A greeting.</think>\n\nHello!"))),
-)
+)  # fmt: skip
 
 
 def cases_for(tokenizer: ChatTokenizer) -> list[Case]:
@@ -220,9 +270,17 @@ def cases_for(tokenizer: ChatTokenizer) -> list[Case]:
     return [
         *TEXTS,
         Case("markers in a user text", (user(fake), answer("Right."))),
-        CALL,
+        *CALLS,
+        _calling("markers in a tool call", f"{markers[0]}assistant{markers[-1]}Akureyri"),
+        _calling("end-of-turn token in a tool call", f"Akureyri{end}"),
         *REASONING,
     ]
+
+
+def _calling(name: str, city: str) -> Case:
+    call = {**_CALL, "function": {"name": "get_weather", "arguments": {"city": city}}}
+    question, _, *rest = CALL.messages
+    return Case(name, (question, answer("", tool_calls=[call]), *rest), (_WEATHER,))
 
 
 def renderer(template: ChatTemplate) -> Render:
@@ -263,10 +321,19 @@ def _bare(text: str) -> str:
 def expectation(render: Render, case: Case, ends: Sequence[str]) -> list[Expected | None]:
     """What is to be trained of each trained answer; None where that cannot be told this way."""
     text = render(case.messages, case.tools, False)
-    after = [user("x")] if _last_is_open(text, case, ends) else []
-    text = render([*case.messages, *after], case.tools, False)
     masked = [_masked(index, message) for index, message in enumerate(case.messages)]
-    twin = render([*masked, *after], case.tools, False)
+    twin = render(masked, case.tools, False)
+    if _last_is_open(text, case, ends):
+        after = user("x")
+        if calls := case.messages[-1].get("tool_calls"):  # the model stops for the result
+            after = {"role": "tool", "name": calls[-1]["function"]["name"], "content": "x",
+                     "tool_call_id": calls[-1]["id"]}  # fmt: skip
+        longer = render([*case.messages, after], case.tools, False)
+        if longer.startswith(text):
+            text, twin = longer, render([*masked, after], case.tools, False)
+        else:  # the template writes the turn otherwise when another one follows
+            end = _usual_end(render, ends)
+            text, twin = text + end, twin + end
     if len(twin) != len(text):
         return [None] * len(case.trained)
     return [_expected(render, case, masked, text, twin, index, ends) for index in case.trained]
@@ -274,8 +341,24 @@ def expectation(render: Render, case: Case, ends: Sequence[str]) -> list[Expecte
 
 def _last_is_open(text: str, case: Case, ends: Sequence[str]) -> bool:
     """Whether the template writes the last turn's end only when another turn follows."""
-    words = str(case.messages[-1]["content"]).strip()
-    return not any(end in text[text.rfind(words) + len(words) :] for end in ends)
+    last = case.messages[-1]
+    said = [last.get(field) or "" for field in (*_REASONING, "content")]
+    for call in last.get("tool_calls", ()):
+        said += [call["function"]["name"], *_arguments(call)]
+    words = [each.split("</think>")[-1].strip() for each in said]
+    at = max((text.rfind(each) + len(each) for each in words if each), default=0)
+    return not any(end in text[at:] for end in ends)
+
+
+def _usual_end(render: Render, ends: Sequence[str]) -> str:
+    """What the template writes between a plain answer and its end, and that end."""
+    after = render([user("aaa"), answer("bbb"), user("ccc")], (), False).split("bbb")[1]
+    return min((after[: after.index(end) + len(end)] for end in ends if end in after), key=len)
+
+
+def _arguments(call: dict[str, Any]) -> list[str]:
+    arguments = call["function"]["arguments"]
+    return [arguments] if isinstance(arguments, str) else [str(v) for v in arguments.values()]
 
 
 def _expected(
@@ -296,10 +379,14 @@ def _expected(
     low = after
     while low - after < len(header) and text[low : low + 1] == header[low - after]:
         low += 1
-    if low - after < len(header) and (opened := re.search(r"<think>\s*$", text[after:low])):
+    opened = re.search(r"<think>\s*$", text[after:low])
+    if header[low - after :].strip() and opened:
         low = after + opened.start()  # the prompt opens another reasoning than this one
     cut = text.rfind("<", after, low)  # two markers may begin alike
     low = cut if cut != -1 and ">" not in text[cut:low] else low
+    # Of an empty reasoning in the prompt, the turn may be written with the end only.
+    if closed := re.search(r"</\S+>\s*$", header[low - after :]):
+        low += len(closed[0]) if text.startswith(closed[0], low) else 0
     own = [letter for letter in _letters(masked[index]) if letter in twin]
     begin = min((twin.index(letter) for letter in own), default=-1)
     last = max((twin.rindex(letter) + 1 for letter in own), default=-1)
@@ -308,9 +395,8 @@ def _expected(
         if name == -1:
             return None
         begin = low if begin == -1 else begin
-        last = max(
-            [name, last, *(text.find(v, low) for v in call["function"]["arguments"].values())]
-        )
+        values = [(text.find(each, low), len(each)) for each in _arguments(call)]
+        last = max([name, last, *(at + size for at, size in values if at != -1)])
     if begin == -1:
         return None
     found = [match for end in ends if (match := text.find(end, last)) != -1]
@@ -323,21 +409,21 @@ def _expected(
 def _masked(index: int, message: Message) -> Message:
     """The message with a text of the same length, all of one character, for each of its texts."""
     copy = dict(message)
-    for number, field in enumerate(("reasoning_content", "content")):
-        text = message.get(field, "")
+    for field in (*_REASONING, "content"):
+        text = message.get(field) or ""
         parts = re.split(r"(</?think>)", text) if message["role"] == "assistant" else [text]
         for at in range(0, len(parts), 2):
             core = parts[at].strip()
-            letter = chr(0xE100 + 16 * index + 8 * number + at)
+            letter = chr(0xE100 + 16 * index + 8 * (field == "content") + at)
             if core:
                 parts[at] = parts[at].replace(core, letter * len(core))
-        if field in message:
+        if message.get(field) is not None:
             copy[field] = "".join(parts)
     return copy
 
 
 def _letters(message: Message) -> list[str]:
-    texts = message.get("reasoning_content", "") + message.get("content", "")
+    texts = "".join(message.get(field) or "" for field in (*_REASONING, "content"))
     return [letter for letter in dict.fromkeys(texts) if 0xE100 <= ord(letter) < 0xF000]
 
 

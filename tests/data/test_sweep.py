@@ -53,7 +53,36 @@ REFUSED = {
 NEEDS_STOPS = {"GLM-4.6": NO_END, "GLM-4.7-Flash": NO_END}
 
 # At least so many templates label these with the demo's tokenizer.
-LABELLED = {CALL.name: 33, REASONING[0].name: 14, REASONING[1].name: 53}
+LABELLED = {
+    "tool call": 53, "text and tool call": 39, "reasoning and tool call": 54,
+    "empty tool result": 53, "tool call at the end": 52, "markers in a tool call": 38,
+    "nothing but reasoning": 17, "reasoning": 18, "inline reasoning": 58,
+}  # fmt: skip
+
+# With what the model begins a call, where the prompt ends otherwise than the turn is written. Read
+# off the templates by hand.
+CALLS_BEGIN = {
+    # no header: the turn follows [/INST]
+    "Mistral-Small-3.2-24B-Instruct-2506": "[TOOL_CALLS]get_weather",
+    "mistralai-Ministral-3-14B-Reasoning-2512": "[TOOL_CALLS]get_weather",
+    "mistralai-Mistral-Nemo-Instruct-2407": '[TOOL_CALLS][{"name"',
+    "unsloth-mistral-Devstral-Small-2507": "[TOOL_CALLS]get_weather",
+    # the prompt has an empty reasoning, the turn none
+    "Qwen-QwQ-32B": '<tool_call>\n{"name"',
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": "<｜tool▁calls▁begin｜>",
+    "google-gemma-4-31B-it": "<|tool_call>call:get_weather",
+    "google-gemma-4-31B-it-interleaved": "<|tool_call>call:get_weather",
+    # the prompt has an empty reasoning, the turn its end
+    "deepseek-ai-DeepSeek-V3.2": "\n\n<｜DSML｜function_calls>",
+    "deepseek-ai-DeepSeek-V4": "\n\n<｜DSML｜tool_calls>",
+    # the prompt opens a reasoning, and the turn ends it
+    "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "</think>\n<tool_call>",
+    "GLM-4.7-Flash": "</think><tool_call>get_weather",
+    # the prompt writes the empty reasoning always
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": "<|START_ACTION|>",
+    # the arguments have to be JSON text
+    "meetkai-functionary-medium-v3.2": 'get_weather\n{"city"',
+}
 
 
 def folder_of(name: str) -> Path:
@@ -76,8 +105,8 @@ def reason_of(refused: str) -> str:
 
 def fault(tokenizer: ChatTokenizer, case: Case, made: Labelled) -> str | None:
     """What is wrong with the labels, or None."""
-    template = tokenizer.template
-    expected = expectation(renderer(template), case, ends_of(template.name))
+    render, ends = renderer(tokenizer.template), ends_of(tokenizer.template.name)
+    expected = expectation(render, case.as_rendered(render, made.text), ends)
     if len(expected) != len(made.turns):
         return f"{len(made.turns)} trained turns, not {len(expected)}"
     inside = {i for turn in made.turns for i in range(turn.start, turn.end)}
@@ -154,7 +183,18 @@ def test_the_end_is_found_where_the_files_name_another_stop_token() -> None:
 
 
 @needs_templates
-@pytest.mark.parametrize("case", [CALL, *REASONING], ids=lambda case: case.name)
+def test_a_call_begins_where_the_prompt_ends() -> None:
+    paths = {path.stem: path for path in TEMPLATES}
+    for stem, begin in CALLS_BEGIN.items():
+        made = label(tokenizer_of(DEMO, paths[stem]), CALL.conversation, "responses")
+        call, answer = (turn.text for turn in made.turns)
+        assert call.startswith(begin), stem
+        assert call.endswith(ends_of(stem)), stem
+        assert answer.startswith("Cold and wet."), stem
+
+
+@needs_templates
+@pytest.mark.parametrize("case", [CALL, *REASONING[1:]], ids=lambda case: case.name)
 def test_what_the_model_writes_is_trained_after_the_header(case: Case) -> None:
     for path in TEMPLATES:
         tokenizer = tokenizer_of(DEMO, path)
