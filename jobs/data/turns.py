@@ -190,7 +190,11 @@ def _call(call: Any) -> dict[str, Any]:
     arguments = from_json(arguments, "has arguments that are")
     if not isinstance(arguments, dict):
         raise BadRow(f"has a {type(arguments).__name__} for its arguments, not an object")
-    checked = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    checked: dict[str, Any] = {
+        "type": "function", "function": {"name": name, "arguments": arguments},
+    }  # fmt: skip
+    if isinstance(call.get("id"), str) and call["id"]:
+        checked["id"] = call["id"]  # some templates write it
     check_json(checked)
     return checked
 

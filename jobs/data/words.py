@@ -92,16 +92,14 @@ class WordEncoder:
     @classmethod
     def of(cls, backend: Tokenizer) -> Self | None:
         """An encoder for this tokenizer, or None where its way is not one of those known."""
-        says = json.loads(backend.to_str())
-        pattern, normalizer = _pattern(says["pre_tokenizer"]), says["normalizer"]
+        pattern, normalizer = _pattern(_says(backend.pre_tokenizer)), _says(backend.normalizer)
         composed = normalizer == {"type": "NFC"}
         plain = normalizer in (None, {"type": "Sequence", "normalizers": []})
         exact = not any(
-            token[how]
-            for token in says["added_tokens"]
-            for how in ("single_word", "lstrip", "rstrip", "normalized")
+            token.single_word or token.lstrip or token.rstrip or token.normalized
+            for token in backend.get_added_tokens_decoder().values()
         )
-        settings = says["truncation"], says["padding"], says["model"].get("dropout")
+        settings = backend.truncation, backend.padding, getattr(backend.model, "dropout", None)
         if pattern is None or not exact or not (plain or composed) or any(settings):
             return None
         return cls(backend, pattern, composed)
@@ -142,6 +140,11 @@ class WordEncoder:
                     self._known = dict(self._special)
                 self._known[word] = found
         return found
+
+
+def _says(part: Any) -> dict[str, Any] | None:
+    """A part of a tokenizer as tokenizer.json has it; asking for all would take half a second."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:

@@ -46,7 +46,7 @@ class Retries:
 
     def call(self, what: str, do: Callable[[], T], judge: Judge) -> T:
         """`do()`, again and again where its error may pass. `what` is for messages."""
-        start = time.monotonic()
+        failing: float | None = None  # since when; a call that works for an hour has not failed yet
         attempt = 0
         while True:
             try:
@@ -60,7 +60,8 @@ class Retries:
                 if isinstance(meaning, LorajobError):
                     raise meaning from None
                 again = meaning
-            spent = time.monotonic() - start
+            failing = failing or time.monotonic()
+            spent = time.monotonic() - failing
             # Full jitter, so that many jobs that failed together do not come back together.
             most = min(LONGEST_WAIT, self.wait * 2**attempt)
             pause = random.uniform(most / 10, most)  # noqa: S311 - no secret hangs on it

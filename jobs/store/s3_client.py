@@ -17,14 +17,12 @@ from jobs.secrets import remember
 from jobs.spec import S3Options
 from jobs.store.local import FULL, disk_error
 from jobs.store.retry import Again, Judge
+from jobs.store.s3_direct import Direct, send_unasked
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
 THREADS = 8  # transfers at a time
-# Bytes of a body that are sent without asking first whether they are wanted: what fits the buffers
-# between here and the server costs nothing where it is refused, and asking costs a round trip.
-UNASKED = 128 << 10
 RENEWAL = 60.0  # seconds that credentials which ran out are given to be renewed
 
 # Error codes that pass, by AWS's list of S3 errors and its SDKs' list of throttling codes.
@@ -65,6 +63,7 @@ class Client:
         self.options = options
         self._lock = threading.Lock()
         self._made: S3Client | None = None
+        self._direct: Direct | None = None
         self._key, self._fixed = "", False  # of the client that was dropped last
         self._expired: dict[str, float] = {}  # access keys, and when they were first refused
 
@@ -73,7 +72,15 @@ class Client:
         with self._lock:
             if self._made is None:
                 self._made = self._make()
+                self._direct = Direct(self._made)
             return self._made
+
+    @property
+    def direct(self) -> Direct:
+        """The quicker way for small objects, through the connections of `s3`."""
+        self.s3  # noqa: B018 - makes both
+        assert self._direct
+        return self._direct
 
     def _make(self) -> S3Client:
         options = self.options
@@ -112,7 +119,7 @@ class Client:
             # Ceph and MinIO answer to host names of buckets only where their DNS was set up so.
             self.options = options.model_copy(update={"path_style": True})
             return self._make()
-        made.meta.events.register("before-call.s3", _send_unasked)
+        made.meta.events.register("before-call.s3", send_unasked)
         return made
 
     @property
@@ -148,27 +155,6 @@ class Client:
                 self._key, self._fixed = credentials.access_key, credentials.method == "env"
             since = self._expired.setdefault(self._key, time.monotonic())
         return not self._fixed and time.monotonic() - since < RENEWAL
-
-
-def _send_unasked(params: dict[str, Any], **rest: Any) -> None:
-    """Small bodies go along with their request (no `Expect: 100-continue`)."""
-    headers = params["headers"]
-    if "Expect" in headers and params["body"].getbuffer().nbytes <= UNASKED:
-        del headers["Expect"]
-
-
-def hurry(body: Any) -> None:
-    """Have what has arrived of an answer acknowledged at once (on Linux; only a hint elsewhere).
-
-    A server that gathers small writes (Ceph does, by default) sends the body of a small object only
-    when its headers were acknowledged, and the kernel takes 40 ms for that where nothing is sent.
-    """
-    option = getattr(socket, "TCP_QUICKACK", None)
-    connection = getattr(getattr(body, "_raw_stream", None), "_connection", None)
-    sock = getattr(connection, "sock", None)
-    if option is not None and sock is not None:
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, option, 1)
 
 
 def code_of(error: BaseException) -> str:

@@ -174,7 +174,6 @@ def test_reasoning(fields: dict[str, Any]) -> None:
     "fields",
     [
         {"content": None, "tool_calls": [called("f", x=1)]},
-        {"tool_calls": [{"id": "1", **called("f", x=1)}]},
         {"tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]},
         {"tool_calls": json.dumps([called("f", x=1)])},
         {"content": "", "function_call": {"name": "f", "arguments": '{"x": 1}'}},
@@ -187,6 +186,12 @@ def test_reasoning(fields: dict[str, Any]) -> None:
 def test_tool_calls(fields: dict[str, Any]) -> None:
     message = messages_of(answer(**fields))[1]
     assert message == {"role": "assistant", "content": "", "tool_calls": [called("f", x=1)]}
+
+
+def test_a_call_keeps_its_id_because_some_templates_write_it() -> None:
+    call = {"id": "call_0001", **called("f", x=1)}
+    assert messages_of(answer(tool_calls=[call]))[1]["tool_calls"] == [call]
+    assert "id" not in messages_of(answer(tool_calls=[{**call, "id": 7}]))[1]["tool_calls"][0]
 
 
 @pytest.mark.parametrize("arguments", [None, "", {}, "{}"])
