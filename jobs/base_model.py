@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import AccessError, SpecError
-from jobs.store.base import Advance, no_advance
+from jobs.store.base import Advance, Store, no_advance
 from jobs.store.connect import Connections
 from jobs.store.hashing import file_entries, key_of
 from jobs.store.places import HubPlace, LocalPlace, S3Place, WrongPlace, parse_base
@@ -75,7 +75,7 @@ def open_base(source: str, connections: Connections) -> BaseModel:
         case LocalPlace(path):
             return _open_folder(source, path)
         case S3Place():
-            store = connections.s3_store(place)
+            store: Store = connections.s3_store(place)
             commit = None
         case HubPlace():
             from jobs.store.hub import HubStore

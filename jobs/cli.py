@@ -9,13 +9,16 @@ import argparse
 import json
 import os
 import select
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from jobs import __version__
-from jobs.errors import LorajobError
+from jobs import __version__, stop
+from jobs.errors import LorajobError, Preempted
+from jobs.observe.termination import outcome_of, write_termination
+from jobs.reached import Reached
 from jobs.secrets import guard_process, redact, redact_tree
 
 EPILOG = """\
@@ -34,7 +37,17 @@ def main(argv: list[str] | None = None) -> int:
     what any library prints shows no secret either."""
     if argv is None:
         guard_process()
-    arguments = _parser().parse_args(_with_command(sys.argv[1:] if argv is None else argv))
+    code = _main(sys.argv[1:] if argv is None else argv)
+    if argv is None and stop.asked():
+        # Threads that wait for a server would be waited for, longer than there is time.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(_with_command(argv))
     try:
         code: int = arguments.do(arguments)
         sys.stdout.flush()
@@ -134,13 +147,59 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    """The whole job; however it ends, the termination message says so."""
+    reached = Reached()
+    stop.install(lambda: reached.grace, lambda: _end_now(reached))
+    try:
+        try:
+            _job(arguments, reached)
+        except stop.Stop:
+            raise _stopped(reached) from None
+    except BaseException as error:
+        write_termination(outcome_of(error, **reached.fields()))
+        raise
+    write_termination(outcome_of(**reached.fields()))
+    return 0
+
+
+def _stopped(reached: Reached) -> LorajobError:
+    """What a run that was told to stop ends with."""
+    reason = stop.reason()
+    if reason:
+        return reason
+    name = signal.Signals(stop.signal_number()).name
+    where = f" in the stage {reached.stage}" if reached.stage else ""
+    at = f" at step {reached.step}" if reached.step and reached.stage == "train" else ""
+    safe = reached.safe()
+    if safe:
+        return Preempted(
+            f"stopped by {name}{where}{at}; safe: {safe}", "start the same run again to go on there"
+        )
+    error = Preempted(
+        f"stopped by {name}{where}{at}, before there was anything to keep", "start it again"
+    )
+    error.exit_code = 128 + stop.signal_number()  # as a shell counts it; 20 is a promise
+    return error
+
+
+def _end_now(reached: Reached) -> None:
+    """The grace period is nearly over, and something would not end: leave with what is safe."""
+    error = _stopped(reached)
+    write_termination(outcome_of(error, **reached.fields()))
+    _fail(error)
+    sys.stderr.flush()
+    os._exit(error.exit_code)
+
+
+def _job(arguments: argparse.Namespace, reached: Reached) -> None:
     from jobs.spec_source import load_spec
 
     spec = load_spec(arguments.spec)
+    reached.name, reached.grace = spec.name, spec.limits.grace_seconds
     from jobs.observe.events import Observer
     from jobs.run import run
 
-    with Observer(arguments.log) as observer:
+    with Observer(arguments.log, reached=reached) as observer:
         try:
             contents = run(spec, arguments.work, observer)
         except LorajobError as error:
@@ -148,8 +207,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 "run_failed", code=error.exit_code, error=error.message, what_to_do=error.hint
             )
             raise
-        except KeyboardInterrupt:
-            observer.event("run_stopped", why="interrupted")
+        except stop.Stop:
+            ended = _stopped(reached)
+            observer.event("run_stopped", code=ended.exit_code, why=ended.message)
             raise
         except BrokenPipeError:
             raise  # there may be nobody left to tell
@@ -172,7 +232,6 @@ def _run(arguments: argparse.Namespace) -> int:
         for target in spec.publish:
             place = target if isinstance(target, str) else f"hub://{target.hub}"
             observer.console.print(f"published to [bold]{redact(place)}[/bold]")
-    return 0
 
 
 def _where(contents: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DoesNotFitError, in_field
 from jobs.export.llama.build import find_tools, require_compiler
 from jobs.spec import Spec
-from jobs.store.base import Store
+from jobs.store.base import KeyStore, Store
 from jobs.store.cache import cache_folder
 from jobs.store.connect import Connections
 from jobs.store.local import LocalStore, existing
@@ -35,6 +35,7 @@ class Ready:
     tokenizer: ChatTokenizer
     origins: Origins
     targets: list[Store]
+    keeper: KeyStore | None  # where checkpoints go besides the run's folder
     connections: Connections
     disk: list[Need]
 
@@ -58,8 +59,10 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
     `tell` hears of waits for a service. `keep` says whether what a target needs (a folder, a
     repository) stays there: for a run, not for a check. Raises what is wrong.
     """
-    connections = Connections(spec.s3, Retries(tell=tell))
-    targets = [connections.target(target) for target in spec.publish]
+    retries = Retries(give_up_after=60 * spec.limits.retry_minutes, tell=tell)
+    connections = Connections(spec.s3, retries)
+    with in_field("publish"):
+        targets = [connections.target(target) for target in spec.publish]
     with in_field("model.base"):
         base = open_base(spec.model.base, connections)
     files = TokenizerFiles(base.folder, spec.model.chat_template, spec.model.template_date)
@@ -71,13 +74,27 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
     for store in targets:
         with in_field("publish"):
             store.prove_writable(keep)
+    keeper = _keeper(spec, connections)
+    if keeper and spec.checkpoints.to:
+        with in_field("checkpoints.to"):
+            keeper.prove_writable(keep)
     disk = [
         Need(folder, run_bytes(spec, base), "the run"),
         Need(cache_folder(), base.missing_bytes(), "the base model"),
         Need(cache_folder(), sum(o.missing_bytes() for o in origins.found), "the data"),
     ]
     _require_disk(disk)
-    return Ready(base, files, tokenizer, origins, targets, connections, disk)
+    return Ready(base, files, tokenizer, origins, targets, keeper, connections, disk)
+
+
+def _keeper(spec: Spec, connections: Connections) -> KeyStore | None:
+    """Where checkpoints go: the place that the spec names, else the first target that can."""
+    named = spec.checkpoints.to
+    for target in [named] if named else spec.publish:
+        if isinstance(target, str):
+            with in_field("checkpoints.to" if named else "publish"):
+                return connections.key_store(target)
+    return None
 
 
 def run_bytes(spec: Spec, base: BaseModel) -> int:

@@ -6,26 +6,31 @@ Each step is a stage, taken as it is when it was done before with the same input
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jobs import __version__
+from jobs import __version__, stop
 from jobs.base_model import copy_tokenizer, repository_of, settle_stops, write_json
 from jobs.data.chunks import Recipe
 from jobs.data.prepare import prepare
-from jobs.errors import LorajobError, VerificationError, bullet_list
+from jobs.errors import LorajobError, ServiceError, VerificationError, bullet_list
 from jobs.observe.answers_table import write_answers
 from jobs.observe.events import Observer
 from jobs.preflight import Ready, preflight
 from jobs.spec import Spec
 from jobs.stages import Done, Stages, write_whole
 from jobs.store import manifest
-from jobs.store.base import Store
+from jobs.store.base import KeyStore, Store
 from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
+from jobs.store.lease import Lease, held_lease
+from jobs.store.local import LocalStore
 from jobs.store.publish import publish, publish_to_all
+from jobs.train.checkpoints import Checkpoints
 from jobs.train.runtime import settle_threads
 
 WORK = ".work"  # what the run needs of its own, below its folder; never published
@@ -35,24 +40,14 @@ def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
     """Do the whole job in `work/NAME`; returns the manifest. Raises a LorajobError."""
     start = time.monotonic()
     folder = work / spec.name
+    observer.reached.log = folder / "logs" / "run.jsonl"
     ready = preflight(spec, folder, observer.warn, keep=True)
     observer.keep_in(folder / "logs" / "run.jsonl")
     observer.event("run_start", version=__version__, name=spec.name, folder=str(folder))
-    threads = settle_threads()
-    stages = Stages(folder, observer)
-
-    data = data_stage(spec, ready, stages)
-    trained = _train(spec, ready, stages, data, threads)
-    done = {"data": data, "train": trained, "adapter": _adapter(ready, stages, trained)}
-    if spec.export.merged:
-        done["merge"] = _merge(spec, ready, stages, done["adapter"], trained)
-    if spec.export.gguf:
-        done["gguf"] = _gguf(spec, stages, done["merge"], threads, observer)
-    done["verify"] = _verify(spec, ready, stages, done, threads, observer)
-
-    contents = _manifest(spec, ready, folder, done, threads)
-    write_whole(folder / manifest.NAME, contents)
-    _publish(ready, folder, contents["files"], observer)
+    with ExitStack() as held:
+        held.enter_context(_lease(LocalStore(folder / WORK), spec, observer))
+        lease = held.enter_context(_lease(ready.keeper, spec, observer))
+        contents = _stages(spec, ready, Stages(folder, observer), lease)
     observer.event(
         "run_done",
         seconds=round(time.monotonic() - start, 1),
@@ -60,6 +55,65 @@ def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
         manifest=str(folder / manifest.NAME),
         published=[store.url for store in ready.targets],
     )
+    return contents
+
+
+def _lease(store: KeyStore | None, spec: Spec, observer: Observer) -> AbstractContextManager[Lease]:
+    """The right to write there, which no other run has at the same time."""
+    if store is None:
+        return nullcontext(Lease())
+    who = f"{spec.name} on {platform.node()}"
+
+    def lost(reason: str) -> None:
+        stop.because(ServiceError(reason, "look which other run uses the same place"))
+
+    return held_lease(store, who, observer.warn, lost)
+
+
+def _stages(spec: Spec, ready: Ready, stages: Stages, lease: Lease) -> dict[str, Any]:
+    """Everything from the data to the publication; returns the manifest."""
+    folder, observer = stages.folder, stages.observer
+    threads = settle_threads()
+    data = data_stage(spec, ready, stages)
+    checkpoints = checkpoints_of(spec, ready, stages, data, lease)
+    observer.reached.safe = lambda: _safe(stages, checkpoints)
+    try:
+        trained = _train(spec, ready, stages, data, threads, checkpoints)
+        contents = _results(spec, ready, stages, data, trained, threads)
+    except stop.Stop:
+        if not stop.reason():
+            left = stop.seconds_left(spec.limits.grace_seconds)
+            checkpoints.wait(max(1.0, left - 10))
+        raise
+    lease.require()
+    _publish(ready, folder, contents["files"], observer)
+    checkpoints.clear()
+    return contents
+
+
+def _safe(stages: Stages, checkpoints: Checkpoints) -> str | None:
+    """What another start goes on with: a checkpoint in the store, or whatever is in the folder
+    where nothing else was asked for."""
+    if checkpoints.remote or checkpoints.safe:
+        return checkpoints.safe
+    done = stages.done
+    return f"the output of the stage {done[-1]} in {stages.folder}" if done else None
+
+
+def _results(
+    spec: Spec, ready: Ready, stages: Stages, data: Done, trained: Done, threads: int
+) -> dict[str, Any]:
+    """What is made of the trained weights, verified; returns the manifest."""
+    observer = stages.observer
+    done = {"data": data, "train": trained, "adapter": _adapter(ready, stages, trained)}
+    if spec.export.merged:
+        done["merge"] = _merge(spec, ready, stages, done["adapter"], trained)
+    if spec.export.gguf:
+        done["gguf"] = _gguf(spec, stages, done["merge"], threads, observer)
+    done["verify"] = _verify(spec, ready, stages, done, threads, observer)
+
+    contents = _manifest(spec, ready, stages.folder, done, threads)
+    write_whole(stages.folder / manifest.NAME, contents)
     return contents
 
 
@@ -149,7 +203,9 @@ def _whole_base(ready: Ready, observer: Observer) -> Path:
         return ready.base.whole(ticker.advance)
 
 
-def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -> Done:
+def _train(
+    spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int, checkpoints: Checkpoints
+) -> Done:
     def work(out: Path) -> dict[str, Any]:
         from jobs.train.loop import train
         from jobs.train.runtime import quiet_libraries
@@ -161,6 +217,7 @@ def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -
             ready.tokenizer,
             stages.folder / WORK / "data",
             out,
+            checkpoints,
             stages.observer,
         )
 
@@ -176,6 +233,30 @@ def _train(spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int) -
         "threads": threads,
     }
     return stages.run("train", inputs, work, f"{WORK}/train", note=_train_note)
+
+
+def checkpoints_of(
+    spec: Spec, ready: Ready, stages: Stages, data: Done, lease: Lease
+) -> Checkpoints:
+    """The checkpoints of this training. Versions and threads are no part of what it is made from: a
+    run goes on with a newer lorajob, and on a machine with other cores, though not to the same bits.
+    """
+    return Checkpoints(
+        folder=stages.folder / WORK / "checkpoints",
+        inputs={
+            "base": ready.base.content_key,
+            "data": data.content_key,
+            "load_in": spec.model.load_in,
+            "max_seq_length": spec.model.max_seq_length,
+            "lora": spec.lora.model_dump(mode="json"),
+            "train": spec.train.model_dump(mode="json"),
+        },
+        remote=ready.keeper,
+        keep=spec.checkpoints.keep,
+        if_changed=spec.checkpoints.if_changed,
+        tell=stages.observer.warn,
+        guard=lease.require,
+    )
 
 
 def _train_note(result: dict[str, Any]) -> str:

@@ -196,6 +196,32 @@ class Export(Section):
         return self
 
 
+class Checkpoints(Section):
+    every_minutes: Annotated[Float, Field(gt=0)] = 10.0
+    """Write a checkpoint after so many minutes of training; also one whenever the run is stopped."""
+    every_steps: Annotated[Int, Field(ge=1)] | None = None
+    """Write one after so many steps, too."""
+    keep: Annotated[Int, Field(ge=1)] = 2
+    """How many of the newest are kept until the run is done."""
+    to: Place | None = None
+    """Where they go besides the run's own folder, so that another machine finds them: a folder or
+    `s3://bucket/prefix`. Unset: the first such target of `publish`."""
+    if_changed: Literal["fail", "restart"] = "fail"
+    """What becomes of the checkpoints of an unfinished run whose spec, base or data have changed
+    since: the run ends and says what changed, or they are removed and training begins anew."""
+
+
+class Limits(Section):
+    grace_seconds: Annotated[Int, Field(ge=5)] = 120
+    """Time between being told to stop (SIGTERM) and being killed; a Kubernetes pod's
+    terminationGracePeriodSeconds."""
+    stall_minutes: Annotated[Float, Field(gt=0)] | None = 30.0
+    """A run that makes no progress for so long writes down what it was doing and ends with code 10;
+    null for never."""
+    retry_minutes: Annotated[Float, Field(gt=0)] = 10.0
+    """How long a failing service is tried again."""
+
+
 class Prompt(Section):
     ask: Annotated[str, Field(min_length=1)]
     """The user's turn."""
@@ -271,6 +297,7 @@ class Spec(Section):
     lora: Lora = Lora()
     train: Train = Train()
     export: Export = Export()
+    checkpoints: Checkpoints = Checkpoints()
     verify: Verify = Verify()
     publish: list[Target] = []
     """Where the results go: a folder, `s3://bucket/prefix`, or `hub: owner/name`. The run's own
@@ -278,6 +305,7 @@ class Spec(Section):
     s3: S3 = S3()
     """How S3 is reached. Credentials are never here: they come from the environment, from mounted
     files or from the machine's role."""
+    limits: Limits = Limits()
 
 
 def json_schema() -> dict[str, Any]:

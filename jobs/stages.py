@@ -13,10 +13,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs import stop
 from jobs.errors import AccessError, LorajobError
 from jobs.observe.events import Observer
 from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
@@ -45,6 +46,7 @@ class Done:
 class Stages:
     folder: Path
     observer: Observer
+    done: list[str] = field(default_factory=list)  # names of those whose output is there
 
     def run(
         self,
@@ -59,11 +61,13 @@ class Stages:
         `work` gets an empty folder to write to, which becomes `output` below the run's folder
         when it is complete, and returns what the record keeps (as JSON).
         """
+        stop.check()
         key = key_of({"stage": name, **inputs})
         record = self.folder / RECORDS / f"{name}.json"
         before = self._before(record, key)
         if before:
             self.observer.event("stage_skipped", stage=name, note=note(before.result))
+            self.done.append(name)
             return before
         self.observer.event("stage_start", stage=name)
         start = time.monotonic()
@@ -99,6 +103,7 @@ class Stages:
             raise told from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
+        self.done.append(name)
         self.observer.event("stage_done", stage=name, seconds=seconds, note=note(result))
         return done
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jobs.store.hashing import sha256_of
-from tests.conftest import BASE, Result, lorajob
+from tests.conftest import BASE, ROOT, Result, lorajob
 from tests.servers.faults import running_proxy
 from tests.servers.fixtures import moto  # noqa: F401
 from tests.servers.hub import Hub
@@ -47,9 +47,8 @@ def go(command: str, spec: Path, work: Path, cache: Path, **env: str) -> Result:
     cache.mkdir(exist_ok=True)
     if tools and not (cache / "llama.cpp").exists():
         (cache / "llama.cpp").symlink_to(Path(tools) / "llama.cpp")
-    return lorajob(
-        command, str(spec), "--work", str(work), LORAJOB_CACHE=str(cache), **env
-    )  # fmt: skip
+    env["LORAJOB_CACHE"] = str(cache)
+    return lorajob(command, str(spec), "--work", str(work), cwd=ROOT, stdin="", **env)
 
 
 @pytest.fixture
@@ -221,7 +220,7 @@ def test_what_will_not_work_is_known_before_anything_is_trained(
     tmp_path: Path,
 ) -> None:
     hub.add_token("hf_" + "r" * 30, "ada", role="read")
-    hub.add_repo("acme/gated", "model", {p.name: p for p in BASE.iterdir()}, gated=True)
+    hub.add_repo("acme/gated", "model", {p.name: p for p in BASE.iterdir()}, gated="auto")
     rows = f"s3://{bucket}/data/chats.jsonl"
     env = {**moto.environment(), **hub.environment(token="hf_" + "r" * 30, home=tmp_path / "hf")}
     for base, data, publish, words in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ _of_process: Labeller | None = None
 def _start_process(recipe: Recipe) -> None:
     global _of_process  # noqa: PLW0603 - a process of the pool has one labeller
     guard_process()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to answer
     _of_process = Labeller(recipe)
 
 

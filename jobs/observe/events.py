@@ -32,6 +32,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from jobs.reached import Reached
 from jobs.secrets import redact, redact_tree
 
 LogFormat = Literal["auto", "json", "terminal"]
@@ -83,8 +84,13 @@ class Observer:
     """Shows events on `stream` (standard output) and keeps them in a file once it has one."""
 
     def __init__(
-        self, log_format: LogFormat = "auto", stream: IO[str] | None = None, quiet: bool = False
+        self,
+        log_format: LogFormat = "auto",
+        stream: IO[str] | None = None,
+        quiet: bool = False,
+        reached: Reached | None = None,
     ) -> None:
+        self.reached = reached or Reached()
         self._stream = stream or sys.stdout
         self._quiet = quiet  # bars on a terminal, and nothing else
         terminal = log_format == "terminal" or (log_format == "auto" and self._stream.isatty())
@@ -135,6 +141,10 @@ class Observer:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def event(self, event: str, **fields: Any) -> None:
+        if event == "stage_start":
+            self.reached.stage = fields["stage"]
+        elif event == "train_step":
+            self.reached.step = fields["step"]
         fields = redact_tree(fields)
         self._json.info(event, **fields)
         if self.console and not self._quiet:

@@ -66,3 +66,20 @@ class Store(Protocol):
         Whoever sees `last` (a file in `folder` too, not among `files`) sees all the others. An
         older `last` is removed before anything else changes, unless everything changes at once.
         """
+
+
+class KeyStore(Store, Protocol):
+    """A store whose files are sent and removed one by one: a folder or S3, where checkpoints go."""
+
+    def put(
+        self,
+        folder: Path,
+        files: Sequence[FileEntry],
+        advance: Advance,
+        prefix: str = "",
+        threads: int = 1,
+    ) -> None:
+        """Send files from below `folder` to the same paths behind `prefix`, each whole."""
+
+    def delete(self, keys: set[str]) -> None:
+        """Remove keys; one that is not there is no error."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from jobs.errors import SpecError
 from jobs.spec import S3, HubTarget
-from jobs.store.base import Store
+from jobs.store.base import KeyStore, Store
 from jobs.store.local import LocalStore
 from jobs.store.places import HubPlace, LocalPlace, S3Place, WrongPlace, parse_place
 from jobs.store.retry import Retries
@@ -21,7 +21,7 @@ class Connections:
 
     # boto3 and huggingface_hub take a third of a second each to import: only who needs them does.
 
-    def s3_store(self, place: S3Place) -> Store:
+    def s3_store(self, place: S3Place) -> KeyStore:
         from jobs.store.s3 import S3Store
 
         return S3Store(place, self.s3, self.retries)
@@ -37,16 +37,17 @@ class Connections:
             from jobs.store.hub import HubStore
 
             return HubStore.of_target(target, self.retries)
-        match _place(target, "publish"):
+        return self.key_store(target)
+
+    def key_store(self, text: str) -> KeyStore:
+        """The folder or the prefix in S3 that a text names. Raises SpecError for anything else."""
+        try:
+            place = parse_place(text)
+        except WrongPlace as error:
+            raise SpecError(str(error), "name a folder or s3://bucket/prefix") from None
+        match place:
             case LocalPlace(path):
                 return LocalStore(path)
-            case S3Place() as place:
+            case S3Place():
                 return self.s3_store(place)
-        raise SpecError(f"publish: {target} is no target", "write `hub: owner/name` instead")
-
-
-def _place(text: str, where: str) -> LocalPlace | S3Place | HubPlace:
-    try:
-        return parse_place(text)
-    except WrongPlace as error:
-        raise SpecError(f"{where}: {error}", "name a folder, s3://bucket/prefix or hub: owner/name") from None  # fmt: skip
+        raise SpecError(f"{text} is neither a folder nor in S3", "name one of the two")

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jobs.errors import AccessError, DoesNotFitError
-from jobs.store.base import Advance, Entry
+from jobs.store.base import Advance, Entry, no_advance
 from jobs.store.hashing import FileEntry, sha256_of
 
 PARTIAL = ".partial-"
@@ -85,21 +85,29 @@ class LocalStore:
     def replace(
         self, folder: Path, files: Sequence[FileEntry], stale: set[str], last: str, advance: Advance
     ) -> None:
-        self.delete(last)
-        for key in sorted(stale):
-            self.delete(key)
+        self.delete({last})
+        self.delete(stale)
+        self.put(folder, files, advance)
+        size = (folder / last).stat().st_size
+        self.put(folder, [{"path": last, "size": size, "sha256": ""}], no_advance)
+
+    def put(
+        self,
+        folder: Path,
+        files: Sequence[FileEntry],
+        advance: Advance,
+        prefix: str = "",
+        threads: int = 1,
+    ) -> None:
         for file in files:
-            self.put(folder / file["path"], file["path"])
+            copy_whole(folder / file["path"], self._path(prefix + file["path"]))
             advance(file["size"])
-        self.put(folder / last, last)
 
-    def put(self, source: Path, key: str) -> None:
-        """Copy a file there, whole or not at all."""
-        copy_whole(source, self._path(key))
+    def delete(self, keys: set[str]) -> None:
+        for key in sorted(keys):
+            self._delete(self._path(key))
 
-    def delete(self, key: str) -> None:
-        """Remove a key; one that is not there is no error."""
-        path = self._path(key)
+    def _delete(self, path: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except NotADirectoryError:

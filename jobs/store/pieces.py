@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
+from queue import Queue
+from threading import Thread
 
 Step = Callable[[], None]
 
@@ -14,16 +14,32 @@ def run_steps(steps: Iterable[Step], threads: int) -> None:
 
     `steps` is drawn from as threads get free, so that a million of them cost no memory.
     """
-    source = iter(steps)
-    pool = ThreadPoolExecutor(threads, "transfer")
-    running: set[Future[None]] = set()
+    waiting: Queue[Step | None] = Queue(threads)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        while (step := waiting.get()) is not None:
+            if failed:
+                continue
+            try:
+                step()
+            except BaseException as error:
+                failed.append(error)
+
+    workers = [Thread(target=work, name=f"transfer-{number}") for number in range(threads)]
+    for worker in workers:
+        worker.start()
     try:
-        while True:
-            running |= {pool.submit(step) for step in islice(source, 2 * threads - len(running))}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
+        for step in steps:
+            if failed:
+                break
+            waiting.put(step)
+    except BaseException as error:
+        failed.append(error)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for _ in workers:
+            waiting.put(None)
+        for worker in workers:
+            worker.join()
+    if failed:
+        raise failed[0]

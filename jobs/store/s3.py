@@ -133,12 +133,19 @@ class S3Store:
         path = folder / last
         self.put(folder, [{"path": last, "size": path.stat().st_size, "sha256": sha256_of(path)}], advance)  # fmt: skip
 
-    def put(self, folder: Path, files: Sequence[FileEntry], advance: Advance) -> None:
+    def put(
+        self,
+        folder: Path,
+        files: Sequence[FileEntry],
+        advance: Advance,
+        prefix: str = "",
+        threads: int = THREADS,
+    ) -> None:
         """Send files from below `folder`, several and several parts of each at a time."""
 
         def steps() -> Iterator[Step]:
             for file in sorted(files, key=lambda file: -file["size"]):
-                key = self.prefix + file["path"]
+                key = self.prefix + prefix + file["path"]
                 upload = Upload(
                     self.client,
                     self.retries,
@@ -150,7 +157,7 @@ class S3Store:
                 )
                 yield from upload.steps()
 
-        run_steps(steps(), THREADS)
+        run_steps(steps(), threads)
 
     def delete(self, keys: set[str]) -> None:
         """Remove keys; one that is not there is no error."""

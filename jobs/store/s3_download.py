@@ -19,7 +19,7 @@ from jobs.store.local import PARTIAL, disk_error
 from jobs.store.pieces import Step
 from jobs.store.retry import Again, Retries
 from jobs.store.s3_client import Client
-from jobs.store.s3_direct import UNASKED, hurry
+from jobs.store.s3_direct import UNASKED, hurry, read_into
 from jobs.store.s3_upload import SHA256, part_size
 
 BUFFER = 1 << 20
@@ -182,10 +182,11 @@ class Download:
         def get() -> int:
             body = self._get(Range=f"bytes={start}-{start + length - 1}")["Body"]
             at, crc = start, 0
-            while chunk := body.read(BUFFER):
+            buffer = memoryview(bytearray(BUFFER))
+            for chunk in read_into(body, buffer):
                 if at + len(chunk) > start + length:
                     raise Damaged
-                self._write(descriptor, memoryview(chunk), at)
+                self._write(descriptor, chunk, at)
                 at, crc = at + len(chunk), zlib.crc32(chunk, crc)
             if at != start + length:
                 raise Damaged

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jobs.errors import LorajobError
-from jobs.store.base import Advance
+from jobs.store.base import Advance, no_advance
 from jobs.store.hashing import FileEntry
 from jobs.store.local import disk_error
 from jobs.store.pieces import Step
@@ -60,6 +61,7 @@ class Upload:
         self._id = ""
         self._parts: dict[int, dict[str, Any]] = {}  # number (from 1) -> what the end has to name
         self._left = 0
+        self._continued = False
 
     def steps(self) -> Iterator[Step]:
         if self.size <= PART:
@@ -100,12 +102,9 @@ class Upload:
     def _put(self, data: bytes) -> None:
         direct = self.client.direct
         if direct.ready and len(data) <= UNASKED and not self.md5:
-            headers = {f"x-amz-meta-{SHA256}": self.sha256}
-            if self.crc:
-                headers["x-amz-sdk-checksum-algorithm"] = "CRC32"
-                headers["x-amz-checksum-crc32"] = _crc32(data)
-            headers |= {HEADERS[name]: value for name, value in self.extra.items()}
-            direct.put(self.key, data, headers)
+            extra = {HEADERS[name]: value for name, value in self.extra.items()}
+            sha256 = {f"x-amz-meta-{SHA256}": self.sha256}
+            direct.put(self.key, data, {**sha256, **self._check_headers(data), **extra})
             return
         with direct.learning(self.key):
             self.client.s3.put_object(
@@ -120,6 +119,12 @@ class Upload:
         # Ceph checks it only where the algorithm is named, too.
         return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": _crc32(data)} if self.crc else {}
 
+    def _check_headers(self, data: bytes) -> dict[str, str]:
+        """The same, as `Direct` wants it."""
+        if not self.crc:
+            return {}
+        return {"x-amz-sdk-checksum-algorithm": "CRC32", "x-amz-checksum-crc32": _crc32(data)}
+
     # --- parts
 
     def _begin(self) -> list[int]:
@@ -127,12 +132,17 @@ class Upload:
         count = -(-self.size // part_size(self.size))
         for upload_id in self._begun():
             parts = self._arrived(upload_id)
-            if parts is not None:
-                self._id, self._parts = upload_id, parts
+            if parts:
+                self._id, self._parts, self._continued = upload_id, parts, True
                 for number in parts:
                     self.advance(self._range(number)[1])
                 return [number for number in range(1, count + 1) if number not in parts]
+            # Of another file; or empty, and then nothing tells of which file it is.
             self._abort(upload_id)
+        self._create()
+        return list(range(1, count + 1))
+
+    def _create(self) -> None:
         made = self._call(
             "create_multipart_upload",
             Metadata={SHA256: self.sha256},
@@ -140,7 +150,6 @@ class Upload:
             **self.extra,
         )
         self._id = made["UploadId"]
-        return list(range(1, count + 1))
 
     def _abort(self, upload_id: str) -> None:
         """Give back what the parts of another file take up."""
@@ -205,16 +214,30 @@ class Upload:
     def _put_part(self, number: int) -> None:
         start, length = self._range(number)
         data = self._read(start, length)
-        sent = self._call(
-            "upload_part", UploadId=self._id, PartNumber=number, Body=data, **self._check(data)
+        etag = self.retries.call(
+            self.what, lambda: self._send_part(number, data), self.client.judge(self.what)
         )
         self.advance(length)
         with self._lock:
-            self._parts[number] = self._named(number, sent["ETag"], data)
+            self._parts[number] = self._named(number, etag, data)
             self._left -= 1
             last = not self._left
         if last:
             self._finish()
+
+    def _send_part(self, number: int, data: bytes) -> str:
+        """The part's ETag."""
+        direct = self.client.direct
+        if direct.ready and not self.md5:
+            query = f"?partNumber={number}&uploadId={quote(self._id, safe='')}"
+            etag: str = direct.put(self.key, data, self._check_headers(data), query)["ETag"]
+            return etag
+        with direct.learning(self.key):
+            sent = self.client.s3.upload_part(
+                Bucket=self.client.bucket, Key=self.key, UploadId=self._id, PartNumber=number,
+                Body=data, **self._check(data),  # type: ignore[arg-type]
+            )  # fmt: skip
+        return sent["ETag"]
 
     def _finish(self) -> None:
         """Make the object visible. An answer that was lost is found out about, not tried again."""
@@ -230,6 +253,21 @@ class Upload:
                     raise
 
         self.retries.call(self.what, complete, self.client.judge(self.what))
+        if self._continued and not self._is_there():
+            self._send_again()
+
+    def _send_again(self) -> None:
+        """For an upload that was begun for another file, of which only parts equal to ours had come.
+
+        S3 shows only now, by the sha256 that it was begun with. It hardly ever happens, so that it
+        may take its time: one part after the other.
+        """
+        self._create()
+        self._continued, self._parts, self.advance = False, {}, no_advance
+        numbers = range(1, -(-self.size // part_size(self.size)) + 1)
+        self._left = len(numbers)
+        for number in numbers:
+            self._put_part(number)
 
     def _is_there(self) -> bool:
         try:

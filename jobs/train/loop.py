@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -14,12 +15,15 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from jobs import stop
 from jobs.data.labels import IGNORE
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import DoesNotFitError, SpecError, VerificationError
 from jobs.observe.events import Observer
+from jobs.spec import Checkpoints as Settings
 from jobs.spec import Spec, Train
 from jobs.train.batches import FlatBatch, Item, PadBatch
+from jobs.train.checkpoints import MARKER, PREFIX, Checkpoints
 from jobs.train.engine import (
     add_lora,
     load_hf_tokenizer,
@@ -31,6 +35,7 @@ from jobs.train.loss import evaluate, trained_logits
 from jobs.train.rows import lengths_of, load_rows, pack_rows
 from jobs.train.runtime import device_name
 
+KEPT = "progress.json"  # of a checkpoint: what has been seen so far
 PROBES = 4  # conversations whose logits are kept, for verification to compare against
 
 
@@ -46,10 +51,9 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        # A data loader draws from torch's generator, which the next dropout mask comes from too:
-        # whether and when a run is evaluated must not change what it learns.
-        with torch.random.fork_rng():
-            loss, tokens = evaluate(self.model, self.get_eval_dataloader(), self.args.device)
+        loss, tokens = evaluate(
+            self.model, self.get_eval_dataloader(), self.args.device, between=stop.check
+        )
         metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": float(tokens)}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
@@ -57,24 +61,95 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         )
         return metrics
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one beside each checkpoint, about a model that nobody will see."""
 
-class _Report(TrainerCallback):  # type: ignore[misc]
-    """Trainer's log entries as events, and as the history that the manifest keeps."""
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        # A pickle, and of no use: the arguments are made from the spec each time. And no state of
+        # random generators: `_Progress.on_step_begin` makes it from the step.
+        for name in ("training_args.bin", "rng_state.pth", "README.md"):
+            (folder / name).unlink(missing_ok=True)
+        self.progress.keep(folder)
+        self.checkpoints.commit(folder, self.state.global_step)
 
-    def __init__(self, observer: Observer, tokens_per_epoch: int) -> None:
+    progress: _Progress
+    checkpoints: Checkpoints
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """What happens between the steps: randomness, events, checkpoints, and being stopped."""
+
+    def __init__(self, observer: Observer, settings: Settings, seed: int, rows: int) -> None:
         self.history: list[dict[str, float]] = []
+        self.eval_loss_before: float | None = None
         self._observer = observer
-        self._tokens_per_epoch = tokens_per_epoch
+        self._settings = settings
+        self._seed = seed
+        self._tokens_per_epoch = rows
         self._ticker: Any = None
         self._context: Any = None
         self._eval_note = ""
+        self._began_at = 0.0  # epochs done before this process
+        self.trainer: Trainer
+
+    # --- what a checkpoint keeps of it
+
+    def keep(self, folder: Path) -> None:
+        kept = {"history": self.history, "eval_loss_before": self.eval_loss_before}
+        (folder / KEPT).write_text(json.dumps(kept), "utf-8")
+        self._saved = time.monotonic()
+
+    def take_up(self, folder: Path) -> None:
+        kept = json.loads((folder / KEPT).read_text("utf-8"))
+        self.history, self.eval_loss_before = kept["history"], kept["eval_loss_before"]
+
+    def evaluated(self, step: int) -> bool:
+        return any(entry["step"] == step and "eval_loss" in entry for entry in self.history)
+
+    # --- called by the trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._start = time.monotonic()
+        self._start = self._saved = time.monotonic()
+        self._began_at = state.epoch or 0.0
         self._context = self._observer.ticker("training", state.max_steps)
         self._ticker = self._context.__enter__()
+        self._ticker.advance(state.global_step)
+        due = args.eval_strategy != "no" and state.global_step % int(args.eval_steps) == 0
+        if state.global_step and due and not self.evaluated(state.global_step):
+            self.trainer.evaluate()  # which was stopped in the middle
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Dropout depends on the seed and the step alone, not on what was drawn before: so it is the
+        # same after a resume, with evaluations in between, and however the data are loaded.
+        torch.manual_seed(self._seed + (state.global_step << 32))
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        stop.check()  # nothing has changed since the last step but gradients
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        every = self._settings.every_steps
+        minutes = (time.monotonic() - self._saved) / 60
+        last = state.global_step >= state.max_steps
+        due = minutes >= self._settings.every_minutes
+        due = due or bool(every and state.global_step % every == 0)
+        # The last one too: what comes after training may be stopped as well.
+        control.should_save = due or last or stop.asked()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._observer.event("checkpoint", step=state.global_step)
+        stop.check()
 
     def on_log(
         self,
@@ -94,11 +169,11 @@ class _Report(TrainerCallback):  # type: ignore[misc]
             if not math.isfinite(loss) or not math.isfinite(grad_norm):
                 raise VerificationError(
                     f"training has diverged: at step {state.global_step} the loss is {loss} and the "
-                    f"gradient's norm {grad_norm}",
+                    f"gradient's norm {grad_norm}; the last checkpoint before it is kept",
                     "lower train.learning_rate, or look at the data of the last steps",
                 )
             seconds = time.monotonic() - self._start
-            done = (state.epoch or 0.0) * self._tokens_per_epoch
+            done = ((state.epoch or 0.0) - self._began_at) * self._tokens_per_epoch
             entry = {
                 "step": state.global_step,
                 "epoch": round(state.epoch or 0.0, 3),
@@ -122,11 +197,19 @@ class _Report(TrainerCallback):  # type: ignore[misc]
 
 
 def train(
-    spec: Spec, base: Path, tokenizer: ChatTokenizer, data: Path, out: Path, observer: Observer
+    spec: Spec,
+    base: Path,
+    tokenizer: ChatTokenizer,
+    data: Path,
+    out: Path,
+    checkpoints: Checkpoints,
+    observer: Observer,
 ) -> dict[str, Any]:
     """Train and write `out/adapter` and `out/probe.safetensors`; returns metrics as JSON.
 
-    `data` is what `save_prepared` wrote. Raises DoesNotFitError when memory runs out.
+    `data` is what `prepare` wrote. Goes on with the newest of the `checkpoints`. Told to stop, it
+    keeps what was reached as one more and raises `Stop`. Raises DoesNotFitError when memory runs
+    out, VerificationError when training diverges.
     """
     device = device_name()
     set_seed(spec.train.seed)
@@ -140,16 +223,19 @@ def train(
     base_model = load_model(base, spec.model.load_in, device)
     in_4bit = quantized_modules(base_model)
     model = add_lora(base_model, spec.lora, spec.model.base)
-    report = _Report(observer, tokens)
+    progress = _Progress(observer, spec.checkpoints, spec.train.seed, tokens)
     trainer = Trainer(
         model=model,
-        args=_arguments(spec.train, out, len(train_rows), eval_rows is not None, device),
+        args=_arguments(
+            spec.train, checkpoints.folder, len(train_rows), eval_rows is not None, device
+        ),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=hf_tokenizer,
         data_collator=FlatBatch() if spec.train.packing else PadBatch(tokenizer.pad_id),
-        callbacks=[report],
+        callbacks=[progress],
     )
+    trainer.progress, trainer.checkpoints, progress.trainer = progress, checkpoints, trainer
     for callback in ("ProgressCallback", "PrinterCallback"):
         trainer.callback_handler.callbacks = [
             each for each in trainer.callback_handler.callbacks if type(each).__name__ != callback
@@ -157,38 +243,64 @@ def train(
     train_in_float32(model)
     if spec.train.packing:
         _require_isolation(model, trainer.args.device)
-    before = (
-        evaluate(model, trainer.get_eval_dataloader(), trainer.args.device)[0]
-        if eval_rows
-        else None
-    )
-    try:
-        result = trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(
-            f"the GPU's memory is full: {str(error).splitlines()[0]}",
-            "lower train.batch_size or model.max_seq_length, or load the base in 4bit",
-        ) from None
+    found = checkpoints.newest()
+    if found:
+        progress.take_up(found)
+        observer.event("resumed", checkpoint=found.name)
+    elif eval_rows:
+        progress.eval_loss_before = round(
+            evaluate(model, trainer.get_eval_dataloader(), trainer.args.device, stop.check)[0], 6
+        )
+    _run(trainer, found)
+    if eval_rows and not progress.evaluated(trainer.state.global_step):
+        trainer.evaluate()
     model.eval()
     model.save_pretrained(out / "adapter")
     probe_rows = eval_rows if eval_rows else train_rows
     _keep_probe(model, probe_rows, PadBatch(tokenizer.pad_id), out / "probe.safetensors", device)
-    evals = [entry["eval_loss"] for entry in report.history if "eval_loss" in entry]
-    speeds = [e["tokens_per_second"] for e in report.history if "tokens_per_second" in e]
+    losses = [entry["loss"] for entry in progress.history if "loss" in entry]
+    evals = [entry["eval_loss"] for entry in progress.history if "eval_loss" in entry]
+    speeds = [e["tokens_per_second"] for e in progress.history if "tokens_per_second" in e]
     return {
         "steps": trainer.state.global_step,
-        "train_loss": round(float(result.training_loss), 6),
-        "eval_loss_before": None if before is None else round(before, 6),
+        "train_loss": round(sum(losses) / len(losses), 6),
+        "eval_loss_before": progress.eval_loss_before,
         "eval_loss": evals[-1] if evals else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tokens_per_second": speeds[-1] if speeds else None,
         "device": device,
         "quantized_modules": in_4bit,
-        "history": report.history,
+        "history": progress.history,
     }
 
 
-def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str) -> SFTConfig:
+def _run(trainer: Trainer, found: Path | None) -> None:
+    """Train to the end, from a checkpoint where there is one."""
+    state = TrainerState.load_from_json(str(found / "trainer_state.json")) if found else None
+    if found and state and state.global_step >= state.max_steps:
+        # Only what came after training is missing; transformers would do one more step.
+        trainer._load_from_checkpoint(str(found))
+        trainer.state = state
+        return
+    try:
+        # Within a step nothing may be interrupted: the weights would be half of one step and half
+        # of the next. `stop.check` stands where everything is consistent.
+        with stop.deferred():
+            trainer.train(resume_from_checkpoint=str(found) if found else None)
+    except stop.Stop:
+        step = trainer.state.global_step
+        marker = trainer.checkpoints.folder / f"{PREFIX}{step}" / MARKER
+        if step and not marker.exists():
+            trainer._save_checkpoint(trainer.model, None)
+        raise
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]}",
+            "lower train.batch_size or model.max_seq_length, or load the base in 4bit",
+        ) from None
+
+
+def _arguments(train: Train, folder: Path, rows: int, evaluates: bool, device: str) -> SFTConfig:
     steps = train.max_steps or max(1, math.ceil(rows / train.batch_size * train.epochs))
     # A packed row is a batch by itself: attention's cost grows with the square of what is laid end
     # to end.
@@ -196,7 +308,7 @@ def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str)
     warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     return SFTConfig(
-        output_dir=str(out / "trainer"),
+        output_dir=str(folder),
         per_device_train_batch_size=rows_at_once,
         per_device_eval_batch_size=train.batch_size if not train.packing else 8,
         gradient_accumulation_steps=train.batch_size // rows_at_once,
@@ -210,8 +322,9 @@ def _arguments(train: Train, out: Path, rows: int, evaluates: bool, device: str)
         weight_decay=train.weight_decay,
         optim={"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}[train.optimizer],
         max_grad_norm=train.max_grad_norm,
-        eval_strategy=("steps" if train.eval_every else "epoch") if evaluates else "no",
-        eval_steps=train.eval_every,
+        # By steps also where it is once per epoch: so it comes before the checkpoint of its step.
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_every or math.ceil(rows / train.batch_size),
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN would be logged as 0
         save_strategy="no",

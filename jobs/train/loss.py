@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -28,11 +28,15 @@ def trained_logits(
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+    model: torch.nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    device: torch.device,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
     """Mean loss in nats per trained token over all batches, and the number of those tokens.
 
-    Each token counts the same, whatever the batch it is in. The model's mode is kept.
+    Each token counts the same, whatever the batch it is in. The model's mode is kept. `between` is
+    called after each batch, and may raise.
     """
     was_training = model.training
     model.eval()
@@ -42,5 +46,6 @@ def evaluate(
         logits, targets = trained_logits(model, on_device)
         total += cross_entropy(logits, targets, reduction="sum").item()
         count += targets.numel()
+        between()
     model.train(was_training)
     return (total / count if count else float("nan")), count

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.errors import AccessError, ServiceError
-from jobs.store.base import Store, no_advance
+from jobs.store.base import Advance, Store, no_advance
 from jobs.store.hashing import FileEntry, file_entries
 from jobs.store.local import LocalStore
 from jobs.store.publish import publish, publish_to_all
@@ -23,15 +24,23 @@ class Recording(LocalStore):
         self.done: list[str] = []
         self.fail_at = fail_at
 
-    def put(self, source: Path, key: str) -> None:
-        if key == self.fail_at:
-            raise AccessError(f"{key} cannot be written")
-        self.done.append(f"put {key}")
-        super().put(source, key)
+    def put(
+        self,
+        folder: Path,
+        files: Sequence[FileEntry],
+        advance: Advance,
+        prefix: str = "",
+        threads: int = 1,
+    ) -> None:
+        for file in files:
+            if file["path"] == self.fail_at:
+                raise AccessError(f"{file['path']} cannot be written")
+            self.done.append(f"put {file['path']}")
+            super().put(folder, [file], advance)
 
-    def delete(self, key: str) -> None:
-        self.done.append(f"delete {key}")
-        super().delete(key)
+    def delete(self, keys: set[str]) -> None:
+        self.done += [f"delete {key}" for key in sorted(keys)]
+        super().delete(keys)
 
 
 def keys(store: LocalStore) -> list[str]:

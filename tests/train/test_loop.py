@@ -20,6 +20,7 @@ from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.train import loop
 from jobs.train.batches import Item, PadBatch
+from jobs.train.checkpoints import Checkpoints
 from jobs.train.engine import load_hf_tokenizer, load_model, quantized_modules
 from jobs.train.loss import evaluate
 from jobs.train.rows import load_rows
@@ -55,7 +56,8 @@ def items_of(folder: Path, side: str = "train") -> list[Item]:
 
 def run(tokenizer: ChatTokenizer, data: Path, out: Path, **train: Any) -> dict[str, Any]:
     out.mkdir()
-    return loop.train(spec(**train), BASE, tokenizer, data, out, Observer("json"))
+    checkpoints = Checkpoints(out.with_name(f"{out.name}-checkpoints"), {"what": "a test"})
+    return loop.train(spec(**train), BASE, tokenizer, data, out, checkpoints, Observer("json"))
 
 
 def test_the_models_forward_gets_exactly_our_labels(

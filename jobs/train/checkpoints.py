@@ -1,0 +1,256 @@
+"""Checkpoints: written whole, kept here and in the store, found again on another machine.
+
+A checkpoint is a folder of files and, written after all of them, `complete.json`: what they hash to
+and what the training is made from. One without it, or whose files are others, is passed over.
+Nothing here knows what the files are; without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import LorajobError, SpecError, bullet_list
+from jobs.store.base import KeyStore, no_advance
+from jobs.store.hashing import FileEntry, file_entries, sha256_of
+from jobs.store.local import disk_error
+
+MARKER = "complete.json"
+PREFIX = "checkpoint-"  # the name of a folder is transformers', with the step behind it
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one training, below `folder`, and below `checkpoints/` in `remote`.
+
+    `inputs` is what the training is made from: only a checkpoint of the same is gone on with.
+    `guard` raises where this process may not write to the store any more.
+    """
+
+    folder: Path
+    inputs: dict[str, Any]
+    remote: KeyStore | None = None
+    keep: int = 2
+    if_changed: str = "fail"
+    tell: Callable[[str], None] = lambda text: None
+    guard: Callable[[], None] = lambda: None
+    safe: str | None = None
+    """What would be gone on with after this process: for people."""
+    sent_bytes: int = 0
+    _due: threading.Condition = field(default_factory=threading.Condition)
+    _waiting: Path | None = None
+    _busy: bool = False
+    _closed: bool = False
+    _thread: threading.Thread | None = None
+
+    # --- finding
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint of this training, here; fetched where it is elsewhere.
+
+        Raises SpecError where there are only those of another training, saying what has changed.
+        """
+        found: list[tuple[int, Path, str | None]]
+        found = [(step, folder, None) for step, folder in self._here()]
+        if self.remote:
+            found += [(step, self.folder / name, name) for step, name in self._there(self.remote)]
+        other: dict[str, Any] | None = None
+        # Of the same step the one that is here first.
+        for _, folder, name in sorted(found, key=lambda f: (-f[0], f[2] is not None)):
+            marker = self._fetched(name, folder) if name else _marker(folder)
+            if marker is None:
+                continue
+            if marker.get("inputs") == self.inputs:
+                self.safe = f"checkpoint of step {marker['step']}"
+                return folder
+            other = other or marker
+        if other and self.if_changed == "fail":
+            changes = differences(other.get("inputs", {}), self.inputs)
+            raise SpecError(
+                f"the checkpoint of step {other.get('step')} is of another training; what has changed "
+                f"(there, now):\n{bullet_list(changes)}",
+                "undo the change, give the run another name, or set checkpoints.if_changed to restart "
+                "to leave the checkpoints behind",
+            )
+        if other:
+            self.clear()
+        return None
+
+    def _here(self) -> list[tuple[int, Path]]:
+        return [
+            (step, path) for path in self.folder.glob(f"{PREFIX}*") if (step := _step(path.name))
+        ]
+
+    def _there(self, remote: KeyStore) -> list[tuple[int, str]]:
+        names = {
+            parts[1]
+            for entry in remote.entries()
+            if (parts := entry.key.split("/"))[0] == "checkpoints" and parts[-1] == MARKER
+        }
+        return [(step, name) for name in names if (step := _step(name))]
+
+    def _fetched(self, name: str, folder: Path) -> dict[str, Any] | None:
+        """Bring a checkpoint here; its marker, or None where it is not whole."""
+        assert self.remote
+        marker = self.remote.read_json(f"checkpoints/{name}/{MARKER}")
+        if not isinstance(marker, dict) or not isinstance(marker.get("files"), list):
+            return None
+        if marker.get("inputs") != self.inputs:
+            return marker
+        prefix = f"checkpoints/{name}/"
+        wanted = {f"{prefix}{file['path']}" for file in marker["files"]}
+        entries = [entry for entry in self.remote.entries() if entry.key in wanted]
+        if len(entries) != len(wanted):
+            return None
+        fetched = self.folder / ".fetched"
+        shutil.rmtree(fetched, ignore_errors=True)
+        self.remote.fetch(entries, fetched, no_advance)
+        shutil.rmtree(folder, ignore_errors=True)
+        (fetched / "checkpoints" / name).replace(folder)
+        shutil.rmtree(fetched, ignore_errors=True)
+        (folder / MARKER).write_text(json.dumps(marker), "utf-8")
+        return _marker(folder)
+
+    # --- keeping
+
+    def commit(self, folder: Path, step: int) -> None:
+        """Declare a folder a whole checkpoint, and send it in the background.
+
+        Older ones are removed beyond `keep`. Where one is still being sent, this one is next, and
+        those between are not sent at all.
+        """
+        files = file_entries(folder)
+        marker = {"step": step, "inputs": self.inputs, "files": files}
+        partial = folder / f".partial-{MARKER}"
+        try:
+            partial.write_text(json.dumps(marker), "utf-8")
+            partial.replace(folder / MARKER)
+        except OSError as error:
+            raise disk_error(error, folder) from None
+        if self.remote is None:
+            self.safe = f"checkpoint of step {step} in {self.folder}"
+        with self._due:
+            self._waiting = folder
+            if self.remote and self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._send_all, name="checkpoints", daemon=True
+                )
+                self._thread.start()
+            self._due.notify_all()
+        self._prune_here()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether everything committed is in the store within so many seconds."""
+        until = time.monotonic() + seconds
+        with self._due:
+            while self.remote and (self._waiting or self._busy):
+                left = until - time.monotonic()
+                if left <= 0:
+                    return False
+                self._due.wait(left)
+        return True
+
+    def clear(self) -> None:
+        """Remove all of them, here and in the store: the run is done, or begins anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.remote:
+            ours = {e.key for e in self.remote.entries() if e.key.startswith("checkpoints/")}
+            markers = {key for key in ours if key.endswith(f"/{MARKER}")}
+            self.guard()
+            self.remote.delete(markers)  # first, so that none is seen without its files
+            self.remote.delete(ours - markers)
+
+    def _send_all(self) -> None:
+        while True:
+            with self._due:
+                while self._waiting is None:
+                    self._due.wait()
+                folder, self._waiting, self._busy = self._waiting, None, True
+            try:
+                self._send(folder)
+            except LorajobError as error:
+                # The next one is tried again, and until then an older one is there.
+                self.tell(f"{folder.name} could not be kept in the store: {error.message}")
+            except FileNotFoundError:
+                pass  # a newer one is due, and this one was pruned meanwhile
+            finally:
+                with self._due:
+                    self._busy = False
+                    self._due.notify_all()
+
+    def _send(self, folder: Path) -> None:
+        assert self.remote
+        marker = _marker(folder, check=False)
+        if marker is None:
+            return
+        files: list[FileEntry] = marker["files"]
+        path = folder / MARKER
+        last: FileEntry = {"path": MARKER, "size": path.stat().st_size, "sha256": sha256_of(path)}
+        prefix = f"checkpoints/{folder.name}/"
+
+        def sent(count: int) -> None:
+            self.sent_bytes += count
+
+        self.guard()
+        self.remote.put(folder, files, sent, prefix=prefix, threads=2)
+        self.guard()
+        self.remote.put(folder, [last], sent, prefix=prefix, threads=1)
+        self.safe = f"checkpoint of step {marker['step']} in {self.remote.url}"
+        self._prune_there(self.remote)
+
+    def _prune_here(self) -> None:
+        whole = sorted((s, f) for s, f in self._here() if (f / MARKER).is_file())
+        kept = {folder for _, folder in whole[-self.keep :]} | {self._waiting}
+        for _, folder in whole:
+            if folder not in kept:
+                (folder / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _prune_there(self, remote: KeyStore) -> None:
+        kept = {name for _, name in sorted(self._there(remote))[-self.keep :]}
+        old = {
+            entry.key
+            for entry in remote.entries()
+            if entry.key.startswith(f"checkpoints/{PREFIX}") and entry.key.split("/")[1] not in kept
+        }
+        remote.delete({key for key in old if key.endswith(f"/{MARKER}")})
+        remote.delete({key for key in old if not key.endswith(f"/{MARKER}")})
+
+
+def _step(name: str) -> int:
+    number = name.removeprefix(PREFIX)
+    return int(number) if name.startswith(PREFIX) and number.isdecimal() else 0
+
+
+def _marker(folder: Path, check: bool = True) -> dict[str, Any] | None:
+    """What a checkpoint says of itself, or None where it is not whole."""
+    try:
+        marker = json.loads((folder / MARKER).read_text("utf-8"))
+        files = marker["files"]
+        whole = not check or all(
+            (folder / f["path"]).stat().st_size == f["size"]
+            and sha256_of(folder / f["path"]) == f["sha256"]
+            for f in files
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return marker if whole and isinstance(marker, dict) else None
+
+
+def differences(there: Any, now: Any, name: str = "") -> list[str]:
+    """One line for each value that differs: "train.learning_rate: 0.0002, 0.0001"."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted({*there, *now})
+            for line in differences(there.get(key), now.get(key), f"{name}.{key}" if name else key)
+        ]
+    if there == now:
+        return []
+    return [f"{name}: {json.dumps(there)}, {json.dumps(now)}"]
