@@ -12,14 +12,19 @@ import select
 import signal
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import __version__, stop
 from jobs.errors import LorajobError, Preempted
 from jobs.observe.termination import outcome_of, write_termination
 from jobs.reached import Reached
 from jobs.secrets import guard_process, redact, redact_tree
+
+if TYPE_CHECKING:
+    from jobs.observe.events import Observer
+    from jobs.spec import Spec
 
 EPILOG = """\
 The spec is read from the path given, else from $LORAJOB_SPEC, else from /etc/lorajob/spec.yaml; `-`
@@ -199,7 +204,10 @@ def _job(arguments: argparse.Namespace, reached: Reached) -> None:
     from jobs.observe.events import Observer
     from jobs.run import run
 
-    with Observer(arguments.log, reached=reached) as observer:
+    with (
+        Observer(arguments.log, reached=reached) as observer,
+        _stall_watch(spec, arguments, observer),
+    ):
         try:
             contents = run(spec, arguments.work, observer)
         except LorajobError as error:
@@ -232,6 +240,23 @@ def _job(arguments: argparse.Namespace, reached: Reached) -> None:
         for target in spec.publish:
             place = target if isinstance(target, str) else f"hub://{target.hub}"
             observer.console.print(f"published to [bold]{redact(place)}[/bold]")
+
+
+def _stall_watch(
+    spec: Spec, arguments: argparse.Namespace, observer: Observer
+) -> AbstractContextManager[object]:
+    """Ends a run that makes no progress; whatever the observer hears of is progress."""
+    if spec.limits.stall_minutes is None:
+        return nullcontext()
+    from jobs.observe.stall import StallWatch
+
+    def tell(error: LorajobError) -> None:
+        write_termination(outcome_of(error, **observer.reached.fields()))
+
+    log = arguments.work / spec.name / "logs" / "stall.log"
+    watch = StallWatch(60 * spec.limits.stall_minutes, log, tell)
+    observer.beat = watch.beat
+    return watch
 
 
 def _where(contents: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,7 @@ class Ticker:
             self._task = observer.bars.add_task(self._name, total=total, note="", unit=unit)
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        self._observer.beat(self._name)
         with self._lock:
             self._done += count
             due = time.monotonic() - self._last >= QUIET_SECONDS
@@ -91,6 +92,8 @@ class Observer:
         reached: Reached | None = None,
     ) -> None:
         self.reached = reached or Reached()
+        self.beat: Callable[[str], None] = lambda note: None
+        """Hears of everything that shows that the run goes on."""
         self._stream = stream or sys.stdout
         self._quiet = quiet  # bars on a terminal, and nothing else
         terminal = log_format == "terminal" or (log_format == "auto" and self._stream.isatty())
@@ -141,6 +144,7 @@ class Observer:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def event(self, event: str, **fields: Any) -> None:
+        self.beat(event)
         if event == "stage_start":
             self.reached.stage = fields["stage"]
         elif event == "train_step":

@@ -104,7 +104,7 @@ class LeaseObject:
         if credentials := session.get_credentials():
             frozen = credentials.get_frozen_credentials()
             remember(frozen.secret_key or "", frozen.token or "")
-        made.meta.events.register("before-call.s3.PutObject", _send_unasked)
+        made.meta.events.register("before-call.s3", _send_unasked)
         return made
 
     def read(self) -> Seen | None:
@@ -160,7 +160,8 @@ class LeaseObject:
 
 
 def _send_unasked(params: dict[str, Any], **rest: Any) -> None:
-    """The record goes along with its request: asking first would cost a round trip."""
+    """The record goes along with its request: botocore would wait a second for leave to send it,
+    whatever the timeouts are."""
     params["headers"].pop("Expect", None)
 
 
