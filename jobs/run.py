@@ -67,7 +67,8 @@ def _lease(store: KeyStore | None, spec: Spec, observer: Observer) -> AbstractCo
     def lost(reason: str) -> None:
         stop.because(ServiceError(reason, "look which other run uses the same place"))
 
-    return held_lease(store, who, observer.warn, lost)
+    ttl = float(spec.limits.lease_seconds)
+    return held_lease(store, who, observer.warn, lost, ttl, wait=1.5 * ttl)
 
 
 def _stages(spec: Spec, ready: Ready, stages: Stages, lease: Lease) -> dict[str, Any]:

@@ -220,6 +220,9 @@ class Limits(Section):
     null for never."""
     retry_minutes: Annotated[Float, Field(gt=0)] = 10.0
     """How long a failing service is tried again."""
+    lease_seconds: Annotated[Int, Field(ge=5, le=3600)] = 60
+    """How long a run that was killed keeps its place in a bucket: one of the same place that starts
+    meanwhile waits so long. A run that cannot reach the bucket for so long stops."""
 
 
 class Prompt(Section):

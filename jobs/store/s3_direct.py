@@ -50,10 +50,12 @@ class Direct:
 
     @contextlib.contextmanager
     def learning(self, key: str) -> Any:
-        """Around a request for an object that boto3 makes."""
-        self._asked.key = quote(key, safe="/~")
+        """Around a request for an object that boto3 makes. Its last try, which succeeds, counts:
+        boto3 may find out first that the bucket is in another region."""
+        self._asked.key, self._asked.place = quote(key, safe="/~"), None
         try:
             yield
+            self._place = self._place or self._asked.place
         finally:
             self._asked.key = None
 
@@ -65,7 +67,7 @@ class Direct:
         signed = SIGNED.match(said.decode() if isinstance(said, bytes) else said)
         url = request.url.partition("?")[0]
         if signed and url.endswith(f"/{key}"):
-            self._place = url.removesuffix(key), signed[1]
+            self._asked.place = url.removesuffix(key), signed[1]
 
     @property
     def ready(self) -> bool:

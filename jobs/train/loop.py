@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,13 @@ from jobs.train.engine import (
     quantized_modules,
     train_in_float32,
 )
+from jobs.train.fit import Plan, is_out_of_memory, try_longest
 from jobs.train.loss import evaluate, trained_logits
 from jobs.train.rows import lengths_of, load_rows, pack_rows
 from jobs.train.runtime import device_name
 
 KEPT = "progress.json"  # of a checkpoint: what has been seen so far
+SMALLER_PLANS = 3  # how often memory may run out before the run ends
 PROBES = 4  # conversations whose logits are kept, for verification to compare against
 
 
@@ -93,17 +97,23 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._eval_note = ""
         self._began_at = 0.0  # epochs done before this process
         self.trainer: Trainer
+        self.plan: Plan
 
     # --- what a checkpoint keeps of it
 
     def keep(self, folder: Path) -> None:
-        kept = {"history": self.history, "eval_loss_before": self.eval_loss_before}
+        kept = {
+            "history": self.history,
+            "eval_loss_before": self.eval_loss_before,
+            "plan": self.plan.as_json(),
+        }
         (folder / KEPT).write_text(json.dumps(kept), "utf-8")
         self._saved = time.monotonic()
 
     def take_up(self, folder: Path) -> None:
         kept = json.loads((folder / KEPT).read_text("utf-8"))
         self.history, self.eval_loss_before = kept["history"], kept["eval_loss_before"]
+        self.plan = Plan(**kept["plan"])
 
     def evaluated(self, step: int) -> bool:
         return any(entry["step"] == step and "eval_loss" in entry for entry in self.history)
@@ -213,45 +223,53 @@ def train(
     """
     device = device_name()
     set_seed(spec.train.seed)
+    found = checkpoints.newest()  # before anything is loaded: the spec may have changed
     train_rows = load_rows(data / "train.arrow")
     eval_rows = load_rows(data / "eval.arrow")
     assert train_rows is not None
     tokens = int(lengths_of(train_rows).sum())
     if spec.train.packing:
         train_rows = pack_rows(train_rows, spec.model.max_seq_length)
+    progress = _Progress(observer, spec.checkpoints, spec.train.seed, tokens)
+    progress.plan = Plan.whole(spec.train.batch_size, spec.train.packing)
+    if found:
+        progress.take_up(found)
+        observer.event("resumed", checkpoint=found.name)
     hf_tokenizer = load_hf_tokenizer(base, tokenizer)
     base_model = load_model(base, spec.model.load_in, device)
     in_4bit = quantized_modules(base_model)
     model = add_lora(base_model, spec.lora, spec.model.base)
-    progress = _Progress(observer, spec.checkpoints, spec.train.seed, tokens)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(
-            spec.train, checkpoints.folder, len(train_rows), eval_rows is not None, device
-        ),
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=hf_tokenizer,
-        data_collator=FlatBatch() if spec.train.packing else PadBatch(tokenizer.pad_id),
-        callbacks=[progress],
-    )
-    trainer.progress, trainer.checkpoints, progress.trainer = progress, checkpoints, trainer
-    for callback in ("ProgressCallback", "PrinterCallback"):
-        trainer.callback_handler.callbacks = [
-            each for each in trainer.callback_handler.callbacks if type(each).__name__ != callback
-        ]
-    train_in_float32(model)
+
+    def trainer_of(plan: Plan) -> Trainer:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(
+                spec.train, plan, checkpoints.folder, len(train_rows), eval_rows is not None, device
+            ),
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=hf_tokenizer,
+            data_collator=FlatBatch() if spec.train.packing else PadBatch(tokenizer.pad_id),
+            callbacks=[progress],
+        )
+        trainer.progress, trainer.checkpoints, progress.trainer = progress, checkpoints, trainer
+        for callback in ("ProgressCallback", "PrinterCallback"):
+            trainer.callback_handler.callbacks = [
+                each
+                for each in trainer.callback_handler.callbacks
+                if type(each).__name__ != callback
+            ]
+        train_in_float32(model)
+        return trainer
+
+    trainer = trainer_of(progress.plan)
     if spec.train.packing:
         _require_isolation(model, trainer.args.device)
-    found = checkpoints.newest()
-    if found:
-        progress.take_up(found)
-        observer.event("resumed", checkpoint=found.name)
-    elif eval_rows:
+    if eval_rows and not found:
         progress.eval_loss_before = round(
             evaluate(model, trainer.get_eval_dataloader(), trainer.args.device, stop.check)[0], 6
         )
-    _run(trainer, found)
+    trainer = _run(trainer, trainer_of, found, train_rows, spec)
     if eval_rows and not progress.evaluated(trainer.state.global_step):
         trainer.evaluate()
     model.eval()
@@ -269,13 +287,66 @@ def train(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tokens_per_second": speeds[-1] if speeds else None,
         "device": device,
+        "plan": progress.plan.as_json(),
         "quantized_modules": in_4bit,
         "history": progress.history,
     }
 
 
-def _run(trainer: Trainer, found: Path | None) -> None:
-    """Train to the end, from a checkpoint where there is one."""
+def _run(
+    trainer: Trainer,
+    trainer_of: Callable[[Plan], Trainer],
+    found: Path | None,
+    rows: Dataset,
+    spec: Spec,
+) -> Trainer:
+    """Train to the end, from a checkpoint where there is one; returns the trainer that got there.
+
+    Where memory runs out, the step is taken in smaller parts, from where training had got to.
+    """
+    progress = trainer.progress
+    lengths = [
+        sum(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows.with_format(None)
+    ]
+    for smaller in range(SMALLER_PLANS + 1):
+        try:
+            if not found or smaller:
+                try_longest(trainer, rows, lengths, progress.plan)
+            _train_from(trainer, found)
+            return trainer
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            why = str(error).splitlines()[0]
+        plan = progress.plan.smaller()
+        if plan is None or smaller == SMALLER_PLANS:
+            longest = max(lengths)
+            raise DoesNotFitError(
+                f"memory runs out with {progress.plan.rows} rows of up to {longest} tokens at a time: {why}",
+                f"lower model.max_seq_length below {longest}, load the base in 4bit, lower lora.rank, "
+                "or take a device with more memory",
+            )
+        progress._observer.warn(
+            f"memory ran out with {progress.plan.rows} rows at a time; going on with {plan.rows}"
+        )
+        step = trainer.state.global_step
+        if step and step != _step_of(found):
+            trainer._save_checkpoint(trainer.model, None)
+            found = trainer.checkpoints.newest()
+        progress.plan = plan
+        trainer.optimizer = trainer.lr_scheduler = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        trainer = trainer_of(plan)
+    raise AssertionError
+
+
+def _step_of(folder: Path | None) -> int:
+    return int(folder.name.removeprefix(PREFIX)) if folder else 0
+
+
+def _train_from(trainer: Trainer, found: Path | None) -> None:
     state = TrainerState.load_from_json(str(found / "trainer_state.json")) if found else None
     if found and state and state.global_step >= state.max_steps:
         # Only what came after training is missing; transformers would do one more step.
@@ -293,25 +364,19 @@ def _run(trainer: Trainer, found: Path | None) -> None:
         if step and not marker.exists():
             trainer._save_checkpoint(trainer.model, None)
         raise
-    except torch.OutOfMemoryError as error:
-        raise DoesNotFitError(
-            f"the GPU's memory is full: {str(error).splitlines()[0]}",
-            "lower train.batch_size or model.max_seq_length, or load the base in 4bit",
-        ) from None
 
 
-def _arguments(train: Train, folder: Path, rows: int, evaluates: bool, device: str) -> SFTConfig:
+def _arguments(
+    train: Train, plan: Plan, folder: Path, rows: int, evaluates: bool, device: str
+) -> SFTConfig:
     steps = train.max_steps or max(1, math.ceil(rows / train.batch_size * train.epochs))
-    # A packed row is a batch by itself: attention's cost grows with the square of what is laid end
-    # to end.
-    rows_at_once = 1 if train.packing else train.batch_size
     warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     return SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=rows_at_once,
+        per_device_train_batch_size=plan.rows,
         per_device_eval_batch_size=train.batch_size if not train.packing else 8,
-        gradient_accumulation_steps=train.batch_size // rows_at_once,
+        gradient_accumulation_steps=plan.accumulate,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
         learning_rate=train.learning_rate,

@@ -14,6 +14,7 @@ from jobs.spec import Lora, Train
 from jobs.train import loop
 from jobs.train.batches import FlatBatch, Item, PadBatch
 from jobs.train.engine import add_lora, load_hf_tokenizer, load_model
+from jobs.train.fit import Plan
 from tests.conftest import BASE
 from tests.train.test_isolation import made, packed
 
@@ -62,7 +63,7 @@ def losses(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """What three steps of training log, and the weights after them."""
     spec = Train(batch_size=size, max_steps=3, learning_rate=1e-3)
-    arguments = loop._arguments(spec, out, len(items), False, "cpu")
+    arguments = loop._arguments(spec, Plan.whole(size, False), out, len(items), False, "cpu")
     arguments.train_sampling_strategy = "sequential"  # so packed rows meet the same conversations
     set_seed(0)
     model = add_lora(load_model(BASE, "16bit", "cpu"), Lora(rank=4), str(BASE))
