@@ -52,7 +52,7 @@ def go(command: str, spec: Path, work: Path, cache: Path, **env: str) -> Result:
 
 
 @pytest.fixture
-def bucket(moto: S3Server, tmp_path: Path) -> str:  # noqa: F811
+def bucket(moto: S3Server, tmp_path: Path) -> str:
     """A bucket that holds the demo's base and forty rows."""
     name = moto.new_bucket()
     client = moto.client()
@@ -64,7 +64,7 @@ def bucket(moto: S3Server, tmp_path: Path) -> str:  # noqa: F811
     return name
 
 
-def test_from_a_bucket_to_a_bucket(moto: S3Server, bucket: str, tmp_path: Path) -> None:  # noqa: F811
+def test_from_a_bucket_to_a_bucket(moto: S3Server, bucket: str, tmp_path: Path) -> None:
     file = spec(
         tmp_path / "spec.yaml",
         f"s3://{bucket}/models/demo",
@@ -106,7 +106,7 @@ def test_from_a_bucket_to_a_bucket(moto: S3Server, bucket: str, tmp_path: Path) 
 
 
 def test_a_bad_row_in_a_bucket_is_named_as_people_know_it(
-    moto: S3Server,  # noqa: F811
+    moto: S3Server,
     bucket: str,
     tmp_path: Path,
 ) -> None:
@@ -119,7 +119,7 @@ def test_a_bad_row_in_a_bucket_is_named_as_people_know_it(
     assert f"s3://{bucket}/data/bad.jsonl, line 41" in result.err
 
 
-def test_from_the_hub_to_the_hub_pinned_to_commits(hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_from_the_hub_to_the_hub_pinned_to_commits(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("acme/base", "model", {p.name: p for p in BASE.iterdir()})
     hub.add_repo(
         "acme/chats",
@@ -166,7 +166,7 @@ def test_from_the_hub_to_the_hub_pinned_to_commits(hub: Hub, tmp_path: Path) -> 
 
 
 def test_one_target_fails_the_others_are_served_and_the_next_start_sends_what_is_missing(
-    moto: S3Server,  # noqa: F811
+    moto: S3Server,
     bucket: str,
     tmp_path: Path,
 ) -> None:
@@ -197,7 +197,7 @@ def test_one_target_fails_the_others_are_served_and_the_next_start_sends_what_is
     assert sent[str(tmp_path / "two")] == 0
 
 
-def test_check_leaves_nothing_behind(moto: S3Server, bucket: str, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+def test_check_leaves_nothing_behind(moto: S3Server, bucket: str, hub: Hub, tmp_path: Path) -> None:
     file = spec(
         tmp_path / "spec.yaml",
         str(BASE),
@@ -214,9 +214,9 @@ def test_check_leaves_nothing_behind(moto: S3Server, bucket: str, hub: Hub, tmp_
 
 
 def test_what_will_not_work_is_known_before_anything_is_trained(
-    moto: S3Server,  # noqa: F811
+    moto: S3Server,
     bucket: str,
-    hub: Hub,  # noqa: F811
+    hub: Hub,
     tmp_path: Path,
 ) -> None:
     hub.add_token("hf_" + "r" * 30, "ada", role="read")

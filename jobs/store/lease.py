@@ -4,7 +4,7 @@ Two runs on one place happen without anybody's fault: a node that was thought de
 its pod already runs elsewhere. The second one waits, or leaves with a message that names the first.
 
 A folder is held with the kernel's lock (here), a prefix of a bucket with an object that only
-conditional requests change (`jobs.store.lease_s3`). A repository on the Hub needs neither: whatever
+conditional requests change (`jobs.store.s3.lease`). A repository on the Hub needs neither: whatever
 is committed there is whole, and nothing in it is gone on with.
 """
 
@@ -139,8 +139,8 @@ def held_lease(
             yield lease
     elif store.url.startswith("s3://"):
         # boto3 takes a third of a second to import: only who needs it does.
-        from jobs.store.lease_s3 import held_prefix
         from jobs.store.s3 import S3Store
+        from jobs.store.s3.lease import held_prefix
 
         if not isinstance(store, S3Store):
             raise TypeError(f"{store.url} is no S3Store")

@@ -26,11 +26,12 @@ from jobs.errors import AccessError, DoesNotFitError, LorajobError, ServiceError
 from jobs.spec import HubTarget
 from jobs.store.base import no_advance
 from jobs.store.hashing import FileEntry, file_entries
-from jobs.store.hub import HubStore, is_inside
-from jobs.store.hub_client import _Body
-from jobs.store.hub_errors import About, asked_wait, judge
-from jobs.store.hub_layout import Part, keys_of, layout, part_manifest, run_manifest
-from jobs.store.hub_publish import as_json
+from jobs.store.hub import HubStore
+from jobs.store.hub.client import _Body
+from jobs.store.hub.errors import About, asked_wait, judge
+from jobs.store.hub.layout import Part, keys_of, layout, part_manifest, run_manifest
+from jobs.store.hub.publish import as_json
+from jobs.store.hub.store import is_inside
 from jobs.store.places import HubPlace
 from jobs.store.publish import publish
 from jobs.store.retry import Again, Retries
@@ -760,7 +761,7 @@ def test_a_commit_happens_once_whatever_becomes_of_its_answer(
 def test_who_commits_at_the_same_time_loses_nothing(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    from jobs.store.hub_repository import Repository
+    from jobs.store.hub.repository import Repository
 
     send_commit, rest = Repository.send_commit, [1]
 

@@ -96,12 +96,12 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 
 
 @pytest.fixture
-def simulated(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:  # noqa: F811
+def simulated(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return use(moto, monkeypatch)
 
 
 @pytest.fixture
-def real(ceph: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:  # noqa: F811
+def real(ceph: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return use(ceph, monkeypatch)
 
 

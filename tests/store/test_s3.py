@@ -14,12 +14,13 @@ import pytest
 
 from jobs.errors import AccessError, DoesNotFitError, ServiceError
 from jobs.spec import S3
-from jobs.store import s3_download, s3_upload
 from jobs.store.base import no_advance
 from jobs.store.hashing import FileEntry, file_entries
 from jobs.store.places import S3Place
 from jobs.store.retry import Retries
 from jobs.store.s3 import S3Store
+from jobs.store.s3 import download as s3_download
+from jobs.store.s3 import upload as s3_upload
 from tests.servers.faults import running_proxy
 from tests.servers.fixtures import ceph, moto  # noqa: F401
 from tests.servers.s3 import S3Server
@@ -240,7 +241,7 @@ def test_every_fault_is_survived(
 CHILD = """
 import sys
 from pathlib import Path
-from jobs.store import s3_upload
+from jobs.store.s3 import upload as s3_upload
 s3_upload.PART = {part}
 from jobs.spec import S3
 from jobs.store.hashing import file_entries
@@ -351,7 +352,7 @@ def test_old_servers_get_md5_and_no_checksums_they_do_not_know(
 
 
 def test_encryption_and_storage_class_are_asked_for(
-    moto: S3Server,  # noqa: F811
+    moto: S3Server,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -380,7 +381,7 @@ def test_a_bucket_has_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_role_whose_credentials_ran_out_is_asked_again(
-    moto: S3Server,  # noqa: F811
+    moto: S3Server,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -401,7 +402,7 @@ def test_a_role_whose_credentials_ran_out_is_asked_again(
         file.write_text("[default]\naws_access_key_id = second\naws_secret_access_key = two\n")
         proxy.fail("expired", match="PUT", times=1)
         place.prove_writable(keep=True)
-        monkeypatch.setattr("jobs.store.s3_client.RENEWAL", 0.3)
+        monkeypatch.setattr("jobs.store.s3.client.RENEWAL", 0.3)
         proxy.fail("expired", match="PUT", times=999)
         with pytest.raises(AccessError, match="expired"):
             place.prove_writable(keep=True)

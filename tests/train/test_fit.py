@@ -37,7 +37,7 @@ def test_every_plan_gives_the_same_losses_and_the_same_adapter_within_rounding(
     tokenizer: ChatTokenizer,
     prepared: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = spec(batch_size=8, max_steps=4)
     found = {}
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_known_before_the_first_step_and_taken_in_smaller_p
     tokenizer: ChatTokenizer,
     prepared: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = spec(batch_size=8, max_steps=3)
     whole, _ = go(tokenizer, prepared, tmp_path / "whole", wanted)
@@ -92,7 +92,7 @@ def test_memory_that_runs_out_later_costs_no_step(
     tokenizer: ChatTokenizer,
     prepared: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = spec(batch_size=4, max_steps=5, dropout=0.0)
     whole, _ = go(tokenizer, prepared, tmp_path / "whole", wanted)
@@ -108,7 +108,7 @@ def test_after_three_times_it_says_what_would_help(
     tokenizer: ChatTokenizer,
     prepared: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tried = refuse_above(monkeypatch, 0)
     with pytest.raises(DoesNotFitError, match=r"with 1 rows of up to \d+ tokens") as caught:
@@ -121,7 +121,7 @@ def test_a_resume_keeps_the_plan(
     tokenizer: ChatTokenizer,
     prepared: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wanted = spec({"every_steps": 2}, batch_size=4, max_steps=5, dropout=0.1)
     with monkeypatch.context() as patch:

@@ -15,12 +15,12 @@ from jobs.errors import AccessError
 from jobs.spec import HubTarget
 from jobs.store.base import Advance, Entry
 from jobs.store.hashing import FileEntry
-from jobs.store.hub_client import is_offline
-from jobs.store.hub_layout import Part, keys_of, layout, part_manifest, run_manifest
-from jobs.store.hub_publish import Publication, as_json
-from jobs.store.hub_repository import Repository, Tree
-from jobs.store.hub_snapshot import Snapshot
-from jobs.store.hub_transfer import Bar, Meter, run_all
+from jobs.store.hub.client import is_offline
+from jobs.store.hub.layout import Part, keys_of, layout, part_manifest, run_manifest
+from jobs.store.hub.publish import Publication, as_json
+from jobs.store.hub.repository import Repository, Tree
+from jobs.store.hub.snapshot import Snapshot
+from jobs.store.hub.transfer import Bar, Meter, run_all
 from jobs.store.local import PARTIAL, disk_error
 from jobs.store.manifest import NAME
 from jobs.store.places import HubPlace
@@ -33,7 +33,7 @@ class HubStore:
     """Made by `of_place` to read one repository, by `of_target` to publish a run to up to three.
 
     Keys of a place are paths in its repository. Keys of a target are those of the run's folder,
-    wherever a file stands in the repositories (`hub_layout`).
+    wherever a file stands in the repositories (`hub.layout`).
     """
 
     def __init__(

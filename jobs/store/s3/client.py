@@ -17,7 +17,7 @@ from jobs.secrets import remember
 from jobs.spec import S3Options
 from jobs.store.local import FULL, disk_error
 from jobs.store.retry import Again, Judge
-from jobs.store.s3_direct import Direct, send_unasked
+from jobs.store.s3.direct import Direct, send_unasked
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub
 
 from jobs.errors import AccessError, LorajobError
-from jobs.store.hub_client import PASSING
+from jobs.store.hub.client import PASSING
 from jobs.store.local import disk_error
 from jobs.store.retry import Again
 

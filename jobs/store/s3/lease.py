@@ -30,7 +30,7 @@ from jobs.secrets import remember
 from jobs.store.lease import Lease, Record, Tell, in_use, parse_record, pause, unguarded, waiting
 from jobs.store.retry import Again
 from jobs.store.s3 import S3Store
-from jobs.store.s3_client import code_of, status_of
+from jobs.store.s3.client import code_of, status_of
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client

@@ -18,9 +18,9 @@ from jobs.store.base import Advance, Entry
 from jobs.store.local import PARTIAL, disk_error
 from jobs.store.pieces import Step
 from jobs.store.retry import Again, Retries
-from jobs.store.s3_client import Client
-from jobs.store.s3_direct import UNASKED, hurry, read_into
-from jobs.store.s3_upload import SHA256, part_size
+from jobs.store.s3.client import Client
+from jobs.store.s3.direct import UNASKED, hurry, read_into
+from jobs.store.s3.upload import SHA256, part_size
 
 BUFFER = 1 << 20
 

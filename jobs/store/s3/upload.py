@@ -18,8 +18,8 @@ from jobs.store.hashing import FileEntry
 from jobs.store.local import disk_error
 from jobs.store.pieces import Step
 from jobs.store.retry import Retries
-from jobs.store.s3_client import Client, code_of
-from jobs.store.s3_direct import UNASKED
+from jobs.store.s3.client import Client, code_of
+from jobs.store.s3.direct import UNASKED
 
 SHA256 = "lorajob-sha256"  # the metadata field that says what an object's content hashes to
 # What a spec may want of everything that is written, as boto3 and as S3 call it.

@@ -23,9 +23,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from jobs.errors import AccessError, ServiceError
 from jobs.store.hashing import sha256_of
-from jobs.store.hub_client import is_offline
-from jobs.store.hub_errors import Damaged
-from jobs.store.hub_repository import ITS_OWN, Blob, Repository, git_id
+from jobs.store.hub.client import is_offline
+from jobs.store.hub.errors import Damaged
+from jobs.store.hub.repository import ITS_OWN, Blob, Repository, git_id
 
 DAMAGED_BEFORE_GIVING_UP = 5  # a file that arrives wrong each time is not fetched for ever
 

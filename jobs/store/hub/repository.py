@@ -24,8 +24,8 @@ from huggingface_hub.utils._http import hf_raise_for_status
 
 from jobs import __version__
 from jobs.errors import AccessError, LorajobError
-from jobs.store.hub_client import Account, hub_api
-from jobs.store.hub_errors import About, Damaged, Overtaken, judge
+from jobs.store.hub.client import Account, hub_api
+from jobs.store.hub.errors import About, Damaged, Overtaken, judge
 from jobs.store.retry import Again, Retries
 
 Kind = Literal["model", "dataset"]

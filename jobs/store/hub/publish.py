@@ -14,10 +14,10 @@ from huggingface_hub import CommitOperationAdd
 from jobs.errors import AccessError
 from jobs.store.base import Advance
 from jobs.store.hashing import FileEntry, sha256_of
-from jobs.store.hub_errors import Overtaken
-from jobs.store.hub_layout import Part, keys_of, listed_files
-from jobs.store.hub_repository import Blob, Repository, Tree, git_id
-from jobs.store.hub_transfer import Addition, Meter, run_all
+from jobs.store.hub.errors import Overtaken
+from jobs.store.hub.layout import Part, keys_of, listed_files
+from jobs.store.hub.repository import Blob, Repository, Tree, git_id
+from jobs.store.hub.transfer import Addition, Meter, run_all
 from jobs.store.manifest import NAME
 
 THREADS = 5  # files at a time
