@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         guard_process()
     code = _main(sys.argv[1:] if argv is None else argv)
     if argv is None and stop.asked():
+        _end_children()
         # Threads that wait for a server would be waited for, longer than there is time.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -154,13 +155,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     """The whole job; however it ends, the termination message says so."""
     reached = Reached()
-    stop.install(lambda: reached.grace, lambda: _end_now(reached))
     try:
         try:
+            stop.install(lambda: reached.grace, lambda: _end_now(reached))
             _job(arguments, reached)
         except stop.Stop:
             raise _stopped(reached) from None
     except BaseException as error:
+        stop.over()
         write_termination(outcome_of(error, **reached.fields()))
         raise
     write_termination(outcome_of(**reached.fields()))
@@ -192,8 +194,16 @@ def _end_now(reached: Reached) -> None:
     error = _stopped(reached)
     write_termination(outcome_of(error, **reached.fields()))
     _fail(error)
+    _end_children()
     sys.stderr.flush()
     os._exit(error.exit_code)
+
+
+def _end_children() -> None:
+    """A stop may come at the moment when a process was just started and nobody knows of it yet."""
+    from jobs.observe.stall import kill_children
+
+    kill_children()
 
 
 def _job(arguments: argparse.Namespace, reached: Reached) -> None:

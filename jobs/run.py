@@ -30,10 +30,11 @@ from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
 from jobs.store.lease import Lease, held_lease
 from jobs.store.local import LocalStore
 from jobs.store.publish import publish, publish_to_all
-from jobs.train.checkpoints import Checkpoints
+from jobs.train.checkpoints import Checkpoints, kept_before
 from jobs.train.runtime import settle_threads
 
 WORK = ".work"  # what the run needs of its own, below its folder; never published
+CHECKPOINTS = f"{WORK}/checkpoints"
 
 
 def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
@@ -75,8 +76,11 @@ def _stages(spec: Spec, ready: Ready, stages: Stages, lease: Lease) -> dict[str,
     """Everything from the data to the publication; returns the manifest."""
     folder, observer = stages.folder, stages.observer
     threads = settle_threads()
+    before = kept_before(folder / CHECKPOINTS, ready.keeper)
+    observer.reached.safe = lambda: before
     data = data_stage(spec, ready, stages)
     checkpoints = checkpoints_of(spec, ready, stages, data, lease)
+    checkpoints.safe = before
     observer.reached.safe = lambda: _safe(stages, checkpoints)
     try:
         trained = _train(spec, ready, stages, data, threads, checkpoints)
@@ -88,6 +92,8 @@ def _stages(spec: Spec, ready: Ready, stages: Stages, lease: Lease) -> dict[str,
         raise
     lease.require()
     _publish(ready, folder, contents["files"], observer)
+    stop.check()
+    stop.over()  # to end as stopped would have all of it done again
     checkpoints.clear()
     return contents
 
@@ -243,7 +249,7 @@ def checkpoints_of(
     run goes on with a newer lorajob, and on a machine with other cores, though not to the same bits.
     """
     return Checkpoints(
-        folder=stages.folder / WORK / "checkpoints",
+        folder=stages.folder / CHECKPOINTS,
         inputs={
             "base": ready.base.content_key,
             "data": data.content_key,

@@ -26,6 +26,7 @@ class Stop(BaseException):
 
 
 class _State:
+    installed = False
     signal: int | None = None
     since: float = 0.0
     reason: LorajobError | None = None
@@ -53,6 +54,7 @@ def install(grace: Callable[[], float], too_late: Callable[[], None]) -> None:
         if not _state.deferred:
             _raise()
 
+    _state.installed = True
     for number in SIGNALS:
         # A shell starts what is in the background with SIGINT ignored: that stays so.
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -68,6 +70,13 @@ def _wait(grace: Callable[[], float], too_late: Callable[[], None]) -> None:
 def _raise() -> None:
     _state.raised = True
     raise Stop
+
+
+def over() -> None:
+    """How it ends is settled: a signal changes nothing any more, also while Python itself ends."""
+    if _state.installed:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def asked() -> bool:

@@ -45,8 +45,7 @@ class Checkpoints:
     sent_bytes: int = 0
     _due: threading.Condition = field(default_factory=threading.Condition)
     _waiting: Path | None = None
-    _busy: bool = False
-    _closed: bool = False
+    _sending: Path | None = None
     _thread: threading.Thread | None = None
 
     # --- finding
@@ -56,6 +55,7 @@ class Checkpoints:
 
         Raises SpecError where there are only those of another training, saying what has changed.
         """
+        self.safe = None
         found: list[tuple[int, Path, str | None]]
         found = [(step, folder, None) for step, folder in self._here()]
         if self.remote:
@@ -67,7 +67,11 @@ class Checkpoints:
             if marker is None:
                 continue
             if marker.get("inputs") == self.inputs:
-                self.safe = f"checkpoint of step {marker['step']}"
+                if self.remote and not any(each == folder.name for _, _, each in found):
+                    self._send_soon(folder)  # the start that made it ended before it was sent
+                else:
+                    where = self.remote.url if self.remote else self.folder
+                    self.safe = f"checkpoint of step {marker['step']} in {where}"
                 return folder
             other = other or marker
         if other and self.if_changed == "fail":
@@ -133,23 +137,27 @@ class Checkpoints:
             partial.replace(folder / MARKER)
         except OSError as error:
             raise disk_error(error, folder) from None
-        if self.remote is None:
+        if self.remote:
+            self._send_soon(folder)
+        else:
             self.safe = f"checkpoint of step {step} in {self.folder}"
+        self._prune_here()
+
+    def _send_soon(self, folder: Path) -> None:
         with self._due:
             self._waiting = folder
-            if self.remote and self._thread is None:
+            if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._send_all, name="checkpoints", daemon=True
                 )
                 self._thread.start()
             self._due.notify_all()
-        self._prune_here()
 
     def wait(self, seconds: float) -> bool:
         """Whether everything committed is in the store within so many seconds."""
         until = time.monotonic() + seconds
         with self._due:
-            while self.remote and (self._waiting or self._busy):
+            while self.remote and (self._waiting or self._sending):
                 left = until - time.monotonic()
                 if left <= 0:
                     return False
@@ -158,6 +166,10 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove all of them, here and in the store: the run is done, or begins anew."""
+        with self._due:
+            self._waiting = None
+            while self._sending:  # or it would be there again afterwards
+                self._due.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.remote:
             ours = {e.key for e in self.remote.entries() if e.key.startswith("checkpoints/")}
@@ -171,17 +183,17 @@ class Checkpoints:
             with self._due:
                 while self._waiting is None:
                     self._due.wait()
-                folder, self._waiting, self._busy = self._waiting, None, True
+                folder = self._sending = self._waiting
+                self._waiting = None
             try:
                 self._send(folder)
-            except LorajobError as error:
+            except Exception as error:
                 # The next one is tried again, and until then an older one is there.
-                self.tell(f"{folder.name} could not be kept in the store: {error.message}")
-            except FileNotFoundError:
-                pass  # a newer one is due, and this one was pruned meanwhile
+                why = error.message if isinstance(error, LorajobError) else repr(error)
+                self.tell(f"{folder.name} could not be kept in the store: {why}")
             finally:
                 with self._due:
-                    self._busy = False
+                    self._sending = None
                     self._due.notify_all()
 
     def _send(self, folder: Path) -> None:
@@ -206,7 +218,10 @@ class Checkpoints:
 
     def _prune_here(self) -> None:
         whole = sorted((s, f) for s, f in self._here() if (f / MARKER).is_file())
-        kept = {folder for _, folder in whole[-self.keep :]} | {self._waiting}
+        with self._due:
+            # In a store that is slower than training none would ever get there, were the one that
+            # is being sent removed for newer ones.
+            kept = {folder for _, folder in whole[-self.keep :]} | {self._waiting, self._sending}
         for _, folder in whole:
             if folder not in kept:
                 (folder / MARKER).unlink(missing_ok=True)
@@ -221,6 +236,16 @@ class Checkpoints:
         }
         remote.delete({key for key in old if key.endswith(f"/{MARKER}")})
         remote.delete({key for key in old if not key.endswith(f"/{MARKER}")})
+
+
+def kept_before(folder: Path, remote: KeyStore | None) -> str | None:
+    """What an earlier start has left, for people: known before anything is read or fetched."""
+    kept = Checkpoints(folder, {}, remote)
+    if remote:
+        steps, where = [step for step, _ in kept._there(remote)], remote.url
+    else:
+        steps, where = [s for s, path in kept._here() if (path / MARKER).is_file()], str(folder)
+    return f"checkpoint of step {max(steps)} in {where}" if steps else None
 
 
 def _step(name: str) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,7 @@ from jobs.errors import DoesNotFitError, SpecError, VerificationError
 from jobs.observe.events import Observer
 from jobs.spec import Checkpoints as Settings
 from jobs.spec import Spec, Train
+from jobs.store.local import disk_error
 from jobs.train.batches import FlatBatch, Item, PadBatch
 from jobs.train.checkpoints import MARKER, PREFIX, Checkpoints
 from jobs.train.engine import (
@@ -69,8 +73,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """TRL writes one beside each checkpoint, about a model that nobody will see."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            # Neither library says it with an OSError; torch's writer has no other failure than this.
+            texts = (os.strerror(errno.ENOSPC), "inline_container")
+            full = disk_error(OSError(errno.ENOSPC, ""), folder)
+            shutil.rmtree(folder, ignore_errors=True)  # half of one only takes room
+            if any(text in str(error) for text in texts):
+                raise full from error
+            raise
         # A pickle, and of no use: the arguments are made from the spec each time. And no state of
         # random generators: `_Progress.on_step_begin` makes it from the step.
         for name in ("training_args.bin", "rng_state.pth", "README.md"):
@@ -238,7 +251,8 @@ def train(
     hf_tokenizer = load_hf_tokenizer(base, tokenizer)
     base_model = load_model(base, spec.model.load_in, device)
     in_4bit = quantized_modules(base_model)
-    model = add_lora(base_model, spec.lora, spec.model.base)
+    # The folder, not its name on the Hub: peft would ask there at every checkpoint.
+    model = add_lora(base_model, spec.lora, str(base))
 
     def trainer_of(plan: Plan) -> Trainer:
         trainer = Trainer(
@@ -305,9 +319,7 @@ def _run(
     Where memory runs out, the step is taken in smaller parts, from where training had got to.
     """
     progress = trainer.progress
-    lengths = [
-        sum(row.get("seq_lengths", [len(row["input_ids"])])) for row in rows.with_format(None)
-    ]
+    lengths = lengths_of(rows).tolist()
     for smaller in range(SMALLER_PLANS + 1):
         try:
             if not found or smaller:

@@ -11,6 +11,8 @@ from datasets import Dataset
 from jobs.data.labels import labels_of
 from jobs.data.pack import pack
 
+LENGTH = "length"
+
 
 def load_rows(path: Path) -> Dataset | None:
     """One of `prepare`'s files, memory-mapped: items of input_ids and labels; None where empty.
@@ -33,13 +35,17 @@ def _with_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def lengths_of(rows: Dataset) -> Any:
     """Tokens of each row, int64, without reading the tokens."""
+    if LENGTH in rows.column_names:  # packed
+        return np.asarray(rows.with_format(None)[LENGTH], dtype=np.int64)
     column = rows.with_format("arrow")[:]["input_ids"]
     return column.combine_chunks().value_lengths().to_numpy().astype(np.int64)
 
 
 def pack_rows(rows: Dataset, capacity: int) -> Dataset:
     """Rows of up to `capacity` tokens, each of whole conversations; see jobs.train.batches.Item."""
-    bins = [members.tolist() for members in pack(lengths_of(rows), capacity)]
+    lengths = lengths_of(rows)
+    bins = [members.tolist() for members in pack(lengths, capacity)]
+    filled = [int(lengths[members].sum()) for members in bins]
 
     def laid_out(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         members = [rows[row] for row in batch["rows"]]
@@ -49,4 +55,4 @@ def pack_rows(rows: Dataset, capacity: int) -> Dataset:
             "seq_lengths": [[len(ids) for ids in m["input_ids"]] for m in members],
         }
 
-    return Dataset.from_dict({"rows": bins}).with_transform(laid_out)
+    return Dataset.from_dict({"rows": bins, LENGTH: filled}).with_transform(laid_out)

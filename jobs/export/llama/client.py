@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,12 @@ def _ask(tools: Path, request: dict[str, Any], log: Path) -> dict[str, Any]:
     return json.loads(text)  # type: ignore[no-any-return]
 
 
+# What those say who write: Python and the system, numpy, C++'s streams.
+FULL_DISK = re.compile(r"No space left|\d+ requested and \d+ written|basic_ios::clear")
+
+
 def _raise_if_disk_full(lines: list[str], path: Path) -> None:
-    if any("No space left" in line for line in lines):
+    if any(FULL_DISK.search(line) for line in lines):
         raise DoesNotFitError(
             f"the disk is full: {path} could not be written",
             "free some space and start the same run again: it goes on with the stage it was in",
