@@ -8,9 +8,14 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import signal
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib import metadata
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from jobs.errors import LorajobError, ServiceError, VerificationError, bullet_li
 from jobs.observe.answers_table import write_answers
 from jobs.observe.events import Observer
 from jobs.preflight import Ready, preflight
+from jobs.secrets import guard_process
 from jobs.spec import Spec
 from jobs.stages import Done, Stages, write_whole
 from jobs.store import manifest
@@ -31,8 +37,10 @@ from jobs.store.lease import Lease, held_lease
 from jobs.store.local import LocalStore
 from jobs.store.publish import publish, publish_to_all
 from jobs.train.checkpoints import Checkpoints, kept_before
+from jobs.train.engines import is_unsloth
 from jobs.train.runtime import settle_threads
 
+ENGINE_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth_zoo")
 WORK = ".work"  # what the run needs of its own, below its folder; never published
 CHECKPOINTS = f"{WORK}/checkpoints"
 
@@ -214,10 +222,15 @@ def _train(
     spec: Spec, ready: Ready, stages: Stages, data: Done, threads: int, checkpoints: Checkpoints
 ) -> Done:
     def work(out: Path) -> dict[str, Any]:
+        from jobs.train.engines import choose_engine, start_engine
+        from jobs.train.runtime import device_name, quiet_libraries
+
+        engine = choose_engine(spec.train.engine, device_name())
+        start_engine(engine)
         from jobs.train.loop import train
-        from jobs.train.runtime import quiet_libraries
 
         quiet_libraries()
+        stages.observer.event("engine", engine=engine)
         return train(
             spec,
             _whole_base(ready, stages.observer),
@@ -228,7 +241,7 @@ def _train(
             stages.observer,
         )
 
-    packages = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+    packages = [p for p in ENGINE_PACKAGES if find_spec(p)]
     inputs = {
         "base": ready.base.content_key,
         "data": data.content_key,
@@ -368,9 +381,19 @@ def _verify(
         )
         tools = ensure_tools(observer) if spec.export.gguf else None
         conversations = first["eval"] or first["train"]
-        result, failures = verify(
-            spec, paths, ready.tokenizer, conversations, tools, device_name(), threads, observer
-        )
+        if is_unsloth():
+            # unsloth has changed what transformers does in this process, and what others will load
+            # has to be proven without it.
+            with apart() as process:
+                result, failures = process.submit(
+                    verify, spec, paths, ready.tokenizer_files, conversations, tools, device_name(),
+                    threads, None,
+                ).result()  # fmt: skip
+        else:
+            result, failures = verify(
+                spec, paths, ready.tokenizer_files, conversations, tools, device_name(), threads,
+                observer,
+            )  # fmt: skip
         write_answers(folder / "report", result)  # also of a run that failed, to see why
         if failures:
             raise VerificationError(
@@ -386,6 +409,27 @@ def _verify(
         "code": _code_key("export"),
     }
     return stages.run("verify", inputs, work, note=_verify_note)
+
+
+@contextmanager
+def apart() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own, which begins with nothing of this one."""
+    process = ProcessPoolExecutor(1, get_context("spawn"), initializer=_settle)
+    try:
+        yield process
+    finally:
+        process.shutdown(wait=False, cancel_futures=True)
+        for child in list((process._processes or {}).values()):
+            child.kill()
+
+
+def _settle() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    guard_process()
+    from jobs.train.runtime import quiet_libraries
+
+    settle_threads()
+    quiet_libraries()
 
 
 def _verify_note(result: dict[str, Any]) -> str:

@@ -175,8 +175,8 @@ class Train(Section):
     """Evaluate every so many steps; without it, once per epoch."""
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 3407
     """Seed of everything random: LoRA's start, dropout, the order of the data, the split."""
-    engine: Literal["auto", "transformers"] = "auto"
-    """What runs the model: `auto` takes the best one for this machine."""
+    engine: Literal["auto", "unsloth", "transformers"] = "auto"
+    """What runs the model: `auto` is unsloth on a GPU, transformers elsewhere."""
 
 
 class Export(Section):
@@ -220,6 +220,8 @@ class Limits(Section):
     null for never."""
     retry_minutes: Annotated[Float, Field(gt=0)] = 10.0
     """How long a failing service is tried again."""
+    gpu_memory_gib: Annotated[Float, Field(gt=0)] | None = None
+    """Use no more of the GPU's memory than this."""
     lease_seconds: Annotated[Int, Field(ge=5, le=3600)] = 60
     """How long a run that was killed keeps its place in a bucket: one of the same place that starts
     meanwhile waits so long. A run that cannot reach the bucket for so long stops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
 
-from jobs.data.tokenizer import ChatTokenizer
+from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.export.answers import Answer, Question, Said, ask, questions
 from jobs.export.gguf import file_name
 from jobs.export.llama import client
@@ -68,13 +69,15 @@ class Paths:
 
 
 def verify(
-    spec: Spec, paths: Paths, tokenizer: ChatTokenizer, conversations: list[Said],
-    tools: Path | None, device: str, threads: int, observer: Observer,
+    spec: Spec, paths: Paths, files: TokenizerFiles, conversations: list[Said],
+    tools: Path | None, device: str, threads: int, observer: Observer | None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Check everything that will be published.
 
     Returns losses and answers for the report, and every check that failed.
     """
+    observer = observer or Observer("json", stream=io.StringIO())
+    tokenizer = files.load()
     asked = questions(spec.verify, conversations)
     batches = _batches(paths.data, tokenizer, spec.train.batch_size)
     probe = load_file(paths.probe)

@@ -14,7 +14,7 @@ FORMAT = 1
 
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets",
-    "tokenizers", "safetensors", "gguf",
+    "tokenizers", "safetensors", "gguf", "unsloth", "unsloth_zoo",
 )  # fmt: skip
 
 

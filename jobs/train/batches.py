@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -51,6 +51,7 @@ class PadBatch:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+@dataclass(frozen=True)
 class FlatBatch:
     """Lays conversations end to end in one row, with no padding; packed rows may be among them.
 
@@ -62,6 +63,8 @@ class FlatBatch:
     which no token sees another conversation. It does so only without an attention_mask and without
     a cache, and FlashAttention only for a single row; so there is no mask here, and one row.
     """
+
+    lengths: bool = False  # whether the conversations' lengths are told as well
 
     def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
         positions = []
@@ -77,8 +80,49 @@ class FlatBatch:
         labels = torch.tensor([label for item in items for label in item["labels"]])
         labels[position_ids == 0] = IGNORE
         input_ids = torch.tensor([token for item in items for token in item["input_ids"]])
-        return {
+        batch = {
             "input_ids": input_ids[None],
             "position_ids": position_ids[None],
             "labels": labels[None],
         }
+        if self.lengths:
+            # unsloth finds the boundaries by these.
+            batch["packed_seq_lengths"] = torch.tensor(
+                [len(position) for position in positions], dtype=torch.int32
+            )
+        return batch
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The rows of a whole optimizer step, in parts of up to `max_tokens` tokens each.
+
+    A row longer than that is a part by itself. Returns {"parts": [batch, ...]}, each as `collate`
+    makes it, and the number of tokens that the step trains.
+    """
+
+    collate: PadBatch | FlatBatch
+    max_tokens: int
+
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
+        parts = [self.collate(part) for part in self.split(items)]
+        trained = sum(int((part["labels"][:, 1:] != IGNORE).sum()) for part in parts)
+        return {"parts": parts, "trained": trained}
+
+    def split(self, items: list[Item]) -> list[list[Item]]:
+        """Whole rows, in their order; padded ones are sorted first, so that like goes with like."""
+        padded = isinstance(self.collate, PadBatch)
+        if padded:
+            items = sorted(items, key=lambda item: len(item["input_ids"]))
+        parts: list[list[Item]] = []
+        size = 0
+        for item in items:
+            length = len(item["input_ids"])
+            grown = (len(parts[-1]) + 1) * length if padded and parts else size + length
+            if parts and grown <= self.max_tokens:
+                parts[-1].append(item)
+                size += length
+            else:
+                parts.append([item])
+                size = length
+        return parts

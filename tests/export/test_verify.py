@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.data.tokenizer import ChatTokenizer
+from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.export.gguf import file_name, make_gguf
 from jobs.export.llama.build import find_tools
 from jobs.export.merge import merge
@@ -51,7 +51,14 @@ def found(
         )  # fmt: skip
         first = json.loads((run / ".work/data/first.json").read_text())
         return verify(
-            spec, paths, tokenizer, first["eval"], find_tools(), "cpu", 2, Observer("json")
+            spec,
+            paths,
+            TokenizerFiles(BASE),
+            first["eval"],
+            find_tools(),
+            "cpu",
+            2,
+            Observer("json"),
         )[1]
 
     return look

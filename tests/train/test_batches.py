@@ -12,9 +12,8 @@ from jobs.data.labels import IGNORE
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.spec import Lora, Train
 from jobs.train import loop
-from jobs.train.batches import FlatBatch, Item, PadBatch
+from jobs.train.batches import FlatBatch, Item, PadBatch, StepBatch
 from jobs.train.engine import add_lora, load_hf_tokenizer, load_model
-from jobs.train.fit import Plan
 from tests.conftest import BASE
 from tests.train.test_isolation import made, packed
 
@@ -63,7 +62,7 @@ def losses(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """What three steps of training log, and the weights after them."""
     spec = Train(batch_size=size, max_steps=3, learning_rate=1e-3)
-    arguments = loop._arguments(spec, Plan.whole(size, False), out, len(items), False, "cpu")
+    arguments = loop._arguments(spec, out, len(items), False, "cpu")
     arguments.train_sampling_strategy = "sequential"  # so packed rows meet the same conversations
     set_seed(0)
     model = add_lora(load_model(BASE, "16bit", "cpu"), Lora(rank=4), str(BASE))
@@ -72,7 +71,7 @@ def losses(
         args=arguments,
         train_dataset=Dataset.from_list(cast(Any, items)),
         processing_class=load_hf_tokenizer(BASE, tokenizer),
-        data_collator=collate,
+        data_collator=StepBatch(collate, 10_000),
     )
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -92,3 +91,31 @@ def test_training_on_flat_batches_is_training_on_padded_ones(
         assert flat == pytest.approx(padded, abs=1e-4)
         for name, weight in weights.items():
             assert (flat_weights[name] - weight).abs().max() <= 1e-4, name
+
+
+def test_a_steps_rows_go_through_in_parts_that_hold_each_of_them_once() -> None:
+    items = made([23, 1, 40, 2, 17, 64, 9, 30, 12, 5, 50, 3])
+    trained = sum(sum(label != IGNORE for label in item["labels"][1:]) for item in items)
+    for collate in (PadBatch(0), FlatBatch()):
+        for most in (1, 40, 64, 100, 1000):
+            step = StepBatch(collate, most)
+            parts = step.split(items)
+            assert sorted(len(i["input_ids"]) for part in parts for i in part) == sorted(
+                len(item["input_ids"]) for item in items
+            )
+            for part in parts:
+                size = sum(len(item["input_ids"]) for item in part)
+                if isinstance(collate, PadBatch):
+                    size = len(part) * max(len(item["input_ids"]) for item in part)
+                assert size <= most or len(part) == 1
+            batch = step(items)
+            assert len(batch["parts"]) == len(parts)
+            assert batch["trained"] == trained
+
+
+def test_the_lengths_of_what_is_laid_end_to_end_are_told_where_they_are_wanted() -> None:
+    items = made([3, 5])
+    assert "packed_seq_lengths" not in FlatBatch()(items)
+    batch = FlatBatch(lengths=True)([packed(items), *made([4])])
+    assert batch["packed_seq_lengths"].tolist() == [3, 5, 4]
+    assert batch["packed_seq_lengths"].dtype == torch.int32

@@ -17,121 +17,134 @@ from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import DoesNotFitError
 from jobs.train import loop
 from jobs.train.checkpoints import Checkpoints
-from jobs.train.fit import Plan, is_out_of_memory
+from jobs.train.fit import ENOUGH, Plan, find_plan, is_out_of_memory
 from tests.conftest import ROOT
 from tests.train.test_resume import fresh_signals, go, prepared, spec  # noqa: F401
 
 
-def test_smaller_plans_cover_the_same_step() -> None:
-    plan: Plan | None = Plan.whole(12, packing=False)
+def test_smaller_plans_go_down_to_the_longest_row() -> None:
+    plan: Plan | None = Plan(1000)
     seen = []
     while plan:
-        seen.append((plan.rows, plan.accumulate))
-        plan = plan.smaller()
-    assert seen == [(12, 1), (6, 2), (3, 4), (1, 12)]
-    assert Plan.whole(8, packing=True) == Plan(1, 8)
-    assert Plan(7, 1).smaller() == Plan(1, 7)
+        seen.append(plan.tokens)
+        plan = plan.smaller(longest=120)
+    assert seen == [1000, 500, 250, 125, 120]
+
+
+@pytest.mark.parametrize("free", [2, 5, 9, 12, 20, 40, 80, 140])
+def test_the_plan_fits_and_hardly_a_larger_one_would(free: int) -> None:
+    """A card on which 5.6 GiB are taken before the first token, and keeping activations costs nine
+    times what making them again does; the cost of a token is no straight line at first."""
+    gib = 2**30
+
+    def cost(tokens: int, checkpointing: bool) -> float:
+        each = 0.00045 if checkpointing else 0.0040
+        return 5.6 + max(0.8, each * tokens) + 0.2
+
+    def peak(plan: Plan) -> int:
+        took = cost(plan.tokens, plan.checkpointing)
+        if took > free:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return int(took * gib)
+
+    plan = find_plan(most=100_000, longest=2048, free=free * gib, peak=peak)
+    if free <= 5:
+        assert plan == Plan(2048, checkpointing=True)  # what is tried first says that it does not
+        return
+    taken = cost(plan.tokens, plan.checkpointing)
+    assert taken <= free
+    if plan.tokens < ENOUGH:
+        assert cost(plan.tokens + 2 * 512, plan.checkpointing) > 0.93 * free
+    assert plan.checkpointing == (free < 15)
 
 
 def test_every_plan_gives_the_same_losses_and_the_same_adapter_within_rounding(
-    tokenizer: ChatTokenizer,
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = spec(batch_size=8, max_steps=4)
-    found = {}
-    for rows in (8, 4, 2, 1):
-        plan = Plan(rows, 8 // rows)
-        monkeypatch.setattr(Plan, "whole", lambda *arguments, plan=plan: plan)
-        result, _ = go(tokenizer, prepared, tmp_path / str(rows), wanted)
-        assert result["plan"] == {"rows": rows, "accumulate": 8 // rows}
+    found = []
+    for tokens in (10_000, 300, 150, 1):
+        monkeypatch.setattr(loop, "whole", lambda *arguments, tokens=tokens: tokens)
+        result, _ = go(tokenizer, prepared, tmp_path / str(tokens), wanted)
+        assert result["plan"] == {"tokens": tokens, "checkpointing": False}
         losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
-        path = tmp_path / str(rows) / "out" / "adapter" / "adapter_model.safetensors"
-        found[rows] = losses, load_file(path)
-    losses, weights = found[8]
-    for other_losses, other in (found[4], found[2], found[1]):
+        path = tmp_path / str(tokens) / "out" / "adapter" / "adapter_model.safetensors"
+        found.append((losses, load_file(path)))
+    losses, weights = found[0]
+    for other_losses, other in found[1:]:
         assert other_losses == pytest.approx(losses, abs=2e-5)
         for name, weight in weights.items():
             assert (other[name] - weight).abs().max() < 2e-4, name
 
 
-def refuse_above(monkeypatch: pytest.MonkeyPatch, rows: int, from_step: int = 0) -> list[int]:
-    """A device on which more rows at a time do not fit, from a step on. The rows tried."""
-    tried: list[int] = []
+def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, from_step: int = 0) -> list[int]:
+    """A device on which more tokens at a time do not fit, from a step on. Those tried and refused."""
+    refused: list[int] = []
     real = loop.Trainer.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
-        at_once = len(inputs["input_ids"])
-        if at_once not in tried:
-            tried.append(at_once)
-        if at_once > rows and self.state.global_step >= from_step:
+        at_once = inputs["input_ids"].numel()
+        if at_once > tokens and self.state.global_step >= from_step:
+            refused.append(at_once)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(self, model, inputs, *args, **kw)
 
     monkeypatch.setattr(loop.Trainer, "compute_loss", compute_loss)
-    return tried
+    return refused
 
 
 def test_what_does_not_fit_is_known_before_the_first_step_and_taken_in_smaller_parts(
-    tokenizer: ChatTokenizer,
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = spec(batch_size=8, max_steps=3)
     whole, _ = go(tokenizer, prepared, tmp_path / "whole", wanted)
-    tried = refuse_above(monkeypatch, 2)
+    most = whole["plan"]["tokens"]
+    refused = refuse_above(monkeypatch, most // 3)
     result, _ = go(tokenizer, prepared, tmp_path / "small", wanted)
-    assert tried[:3] == [8, 4, 2]  # and fewer at the end of an epoch
-    assert result["plan"] == {"rows": 2, "accumulate": 4}
+    assert result["plan"]["tokens"] == most // 4
+    assert len(refused) == 2
     assert result["train_loss"] == pytest.approx(whole["train_loss"], abs=2e-5)
 
 
 def test_memory_that_runs_out_later_costs_no_step(
-    tokenizer: ChatTokenizer,
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = spec(batch_size=4, max_steps=5, dropout=0.0)
     whole, _ = go(tokenizer, prepared, tmp_path / "whole", wanted)
-    refuse_above(monkeypatch, 2, from_step=3)
+    refused = refuse_above(monkeypatch, whole["plan"]["tokens"] // 2, from_step=3)
     result, _ = go(tokenizer, prepared, tmp_path / "small", wanted)
-    assert result["plan"] == {"rows": 2, "accumulate": 2}
+    assert refused
+    assert result["plan"]["tokens"] < whole["plan"]["tokens"]
     steps = [entry["step"] for entry in result["history"] if "loss" in entry]
     assert steps == [1, 2, 3, 4, 5]
     assert result["train_loss"] == pytest.approx(whole["train_loss"], abs=2e-5)
 
 
 def test_after_three_times_it_says_what_would_help(
-    tokenizer: ChatTokenizer,
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = refuse_above(monkeypatch, 0)
-    with pytest.raises(DoesNotFitError, match=r"with 1 rows of up to \d+ tokens") as caught:
+    refused = refuse_above(monkeypatch, 0)
+    with pytest.raises(
+        DoesNotFitError, match=r"tokens at a time, and the longest row has \d+"
+    ) as caught:
         go(tokenizer, prepared, tmp_path, spec(batch_size=8))
-    assert tried == [8, 4, 2, 1]
+    assert len(refused) == 4
     assert "max_seq_length" in str(caught.value.hint)
 
 
 def test_a_resume_keeps_the_plan(
-    tokenizer: ChatTokenizer,
-    prepared: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = spec({"every_steps": 2}, batch_size=4, max_steps=5, dropout=0.1)
     with monkeypatch.context() as patch:
-        refuse_above(patch, 2)
-        _, expected = go(tokenizer, prepared, tmp_path, wanted)
+        refuse_above(patch, 140)
+        first, expected = go(tokenizer, prepared, tmp_path, wanted)
     found = Checkpoints(tmp_path / "checkpoints", {"what": "a test"}).newest()
     assert found is not None
     (found / "complete.json").unlink()  # the last one: go on from the one before
     result, digest = go(tokenizer, prepared, tmp_path, wanted)
-    assert result["plan"] == {"rows": 2, "accumulate": 2}
+    assert result["plan"] == first["plan"]
+    assert result["plan"]["tokens"] <= 140
     assert digest == expected
 
 

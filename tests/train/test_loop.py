@@ -19,7 +19,7 @@ from jobs.errors import AccessError, SpecError, VerificationError
 from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.train import loop
-from jobs.train.batches import Item, PadBatch
+from jobs.train.batches import FlatBatch, Item, PadBatch
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.engine import load_hf_tokenizer, load_model, quantized_modules
 from jobs.train.loss import evaluate
@@ -82,7 +82,7 @@ def test_the_models_forward_gets_exactly_our_labels(
     monkeypatch.setattr(loop, "load_model", spy)
     run(tokenizer, prepared, tmp_path / "out")
     made = {tuple(item["input_ids"]): item["labels"] for item in items_of(prepared)}
-    assert len(seen) == 16  # 4 steps of 4
+    assert len(seen) == 4 + 16  # the longest rows once, to see that they fit; 4 steps of 4
     for ids, labels in seen:
         assert made[tuple(ids)] == labels
 
@@ -176,13 +176,18 @@ def test_packed_training_learns_what_unpacked_training_learns(
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_an_architecture_that_mixes_packed_conversations_is_refused() -> None:
+def test_an_architecture_that_mixes_packed_conversations_is_refused(
+    tokenizer: ChatTokenizer,
+) -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2,
         max_position_embeddings=64, word_embed_proj_dim=32,
     )  # fmt: skip
+    model = OPTForCausalLM(config)
+    assert not loop._is_isolated(model, FlatBatch())
+    packing = spec(packing=True)
     with pytest.raises(SpecError, match=r"train\.packing"):
-        loop._require_isolation(OPTForCausalLM(config), torch.device("cpu"))
-    loop._require_isolation(load_model(BASE, "4bit", "cpu"), torch.device("cpu"))
+        loop.choose_collate(model, packing, tokenizer, "cpu", Observer("json"))
+    assert loop._is_isolated(load_model(BASE, "4bit", "cpu"), FlatBatch())

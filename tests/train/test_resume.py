@@ -74,17 +74,13 @@ def go(
     return result, sha256_of(out / "adapter" / "adapter_model.safetensors")
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, step: int, substep: int = 0) -> None:
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, step: int) -> None:
     """Tell the process to stop, as a signal would, when a step's hook is reached."""
     real = getattr(loop._Progress, where)
-    calls = 0
 
     def hook(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        nonlocal calls
         if state.global_step == step:
-            calls += 1
-            if calls > substep:
-                stop._state.signal = 15
+            stop._state.signal = 15
         return real(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(loop._Progress, where, hook)
@@ -145,7 +141,14 @@ def test_stopped_within_a_step_only_that_step_is_done_again(
     wanted = spec(packing=True, batch_size=3, dropout=0.1, max_steps=4)
     _, expected = go(tokenizer, prepared, tmp_path / "whole", wanted)
     with monkeypatch.context() as patch:
-        stop_at(patch, "on_substep_end", 2, substep=1)
+        real = loop.Trainer.compute_loss
+
+        def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2:
+                stop._state.signal = 15  # in the first part of the third step
+            return real(self, *args, **kwargs)
+
+        patch.setattr(loop.Trainer, "compute_loss", compute_loss)
         with pytest.raises(stop.Stop):
             go(tokenizer, prepared, tmp_path / "a", wanted)
     assert [p.parent.name for p in (tmp_path / "a" / "checkpoints").rglob(MARKER)] == [
