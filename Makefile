@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+# Test files run beside each other, on so many cores.
+WORKERS ?= 2
 CACHE  := $(or $(LORAJOB_CACHE),$(HOME)/.cache/lorajob)
 
 # The CPU build of torch for Python 3.11 on x86-64, where a registry or --find-links serves it; the
@@ -43,7 +45,7 @@ demo: setup tools
 	@test -t 1 || cat runs/demo/report/answers.txt
 
 test: setup tools
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -56,8 +56,9 @@ def install(grace: Callable[[], float], too_late: Callable[[], None]) -> None:
 
     _state.installed = True
     for number in SIGNALS:
-        # A shell starts what is in the background with SIGINT ignored: that stays so.
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        # A shell starts what is in the background with SIGINT ignored: that stays so. SIGTERM is
+        # never ignored: who sends it will kill next.
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handle)
 
 

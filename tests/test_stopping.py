@@ -93,6 +93,7 @@ def hears(child: Child) -> None:
     """Wait until it answers signals itself: that is the first thing it does."""
     bit = 1 << (signal.SIGTERM - 1)
     while True:
+        assert child.process.poll() is None, child.told()
         status = Path(f"/proc/{child.process.pid}/status").read_text()
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
         if int(caught.split()[1], 16) & bit:

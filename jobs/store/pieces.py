@@ -26,7 +26,8 @@ def run_steps(steps: Iterable[Step], threads: int) -> None:
             except BaseException as error:
                 failed.append(error)
 
-    workers = [Thread(target=work, name=f"transfer-{number}") for number in range(threads)]
+    # Daemons: who is told to stop leaves them behind, in the middle of whatever they wait for.
+    workers = [Thread(target=work, name=f"transfer-{n}", daemon=True) for n in range(threads)]
     for worker in workers:
         worker.start()
     try:
@@ -34,12 +35,14 @@ def run_steps(steps: Iterable[Step], threads: int) -> None:
             if failed:
                 break
             waiting.put(step)
-    except BaseException as error:
+    except Exception as error:
         failed.append(error)
-    finally:
-        for _ in workers:
-            waiting.put(None)
-        for worker in workers:
-            worker.join()
+    except BaseException as stopped:
+        failed.append(stopped)
+        raise
+    for _ in workers:
+        waiting.put(None)
+    for worker in workers:
+        worker.join()
     if failed:
         raise failed[0]
