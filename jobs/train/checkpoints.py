@@ -11,13 +11,13 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jobs.errors import LorajobError, SpecError, bullet_list
-from jobs.store.base import KeyStore, no_advance
+from jobs.store.base import Entry, KeyStore, no_advance
 from jobs.store.hashing import FileEntry, file_entries, sha256_of
 from jobs.store.local import disk_error
 
@@ -59,7 +59,8 @@ class Checkpoints:
         found: list[tuple[int, Path, str | None]]
         found = [(step, folder, None) for step, folder in self._here()]
         if self.remote:
-            found += [(step, self.folder / name, name) for step, name in self._there(self.remote)]
+            there = _names(self.remote.entries())
+            found += [(step, self.folder / name, name) for step, name in there]
         other: dict[str, Any] | None = None
         # Of the same step the one that is here first.
         for _, folder, name in sorted(found, key=lambda f: (-f[0], f[2] is not None)):
@@ -90,14 +91,6 @@ class Checkpoints:
         return [
             (step, path) for path in self.folder.glob(f"{PREFIX}*") if (step := _step(path.name))
         ]
-
-    def _there(self, remote: KeyStore) -> list[tuple[int, str]]:
-        names = {
-            parts[1]
-            for entry in remote.entries()
-            if (parts := entry.key.split("/"))[0] == "checkpoints" and parts[-1] == MARKER
-        }
-        return [(step, name) for name in names if (step := _step(name))]
 
     def _fetched(self, name: str, folder: Path) -> dict[str, Any] | None:
         """Bring a checkpoint here; its marker, or None where it is not whole."""
@@ -228,10 +221,11 @@ class Checkpoints:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _prune_there(self, remote: KeyStore) -> None:
-        kept = {name for _, name in sorted(self._there(remote))[-self.keep :]}
+        entries = remote.entries()
+        kept = {name for _, name in sorted(_names(entries))[-self.keep :]}
         old = {
             entry.key
-            for entry in remote.entries()
+            for entry in entries
             if entry.key.startswith(f"checkpoints/{PREFIX}") and entry.key.split("/")[1] not in kept
         }
         remote.delete({key for key in old if key.endswith(f"/{MARKER}")})
@@ -242,10 +236,20 @@ def kept_before(folder: Path, remote: KeyStore | None) -> str | None:
     """What an earlier start has left, for people: known before anything is read or fetched."""
     kept = Checkpoints(folder, {}, remote)
     if remote:
-        steps, where = [step for step, _ in kept._there(remote)], remote.url
+        steps, where = [step for step, _ in _names(remote.entries())], remote.url
     else:
         steps, where = [s for s, path in kept._here() if (path / MARKER).is_file()], str(folder)
     return f"checkpoint of step {max(steps)} in {where}" if steps else None
+
+
+def _names(entries: Sequence[Entry]) -> list[tuple[int, str]]:
+    """The complete checkpoints among a store's files: their steps and the names of their folders."""
+    names = {
+        parts[1]
+        for entry in entries
+        if (parts := entry.key.split("/"))[0] == "checkpoints" and parts[-1] == MARKER
+    }
+    return [(step, name) for name in names if (step := _step(name))]
 
 
 def _step(name: str) -> int:

@@ -112,6 +112,3 @@ def with_logits() -> Iterator[None]:
             del os.environ["UNSLOTH_RETURN_LOGITS"]
         else:
             os.environ["UNSLOTH_RETURN_LOGITS"] = before
-
-
-__all__ = ["add_lora", "load_model", "set_checkpointing", "torch", "with_logits"]

@@ -134,13 +134,13 @@ class Trainer(Base):  # type: ignore[misc]
 class _Progress(TrainerCallback):  # type: ignore[misc]
     """What happens between the steps: randomness, events, checkpoints, and being stopped."""
 
-    def __init__(self, observer: Observer, settings: Settings, seed: int, rows: int) -> None:
+    def __init__(self, observer: Observer, settings: Settings, seed: int, tokens: int) -> None:
         self.history: list[dict[str, float]] = []
         self.eval_loss_before: float | None = None
         self._observer = observer
         self._settings = settings
         self._seed = seed
-        self._tokens_per_epoch = rows
+        self._tokens_per_epoch = tokens
         self._ticker: Any = None
         self._context: Any = None
         self._eval_note = ""
@@ -271,10 +271,10 @@ def train(
     train_rows = load_rows(data / "train.arrow")
     eval_rows = load_rows(data / "eval.arrow")
     assert train_rows is not None
-    tokens = int(lengths_of(train_rows).sum())
     if spec.train.packing:
         train_rows = pack_rows(train_rows, spec.model.max_seq_length)
-    progress = _Progress(observer, spec.checkpoints, spec.train.seed, tokens)
+    lengths: list[int] = lengths_of(train_rows).tolist()
+    progress = _Progress(observer, spec.checkpoints, spec.train.seed, sum(lengths))
     if found:
         progress.take_up(found)
         observer.event("resumed", checkpoint=found.name)
@@ -284,7 +284,6 @@ def train(
     # The folder, not its name on the Hub: peft would ask there at every checkpoint.
     model = with_lora(base_model, spec, str(base))
     collate = choose_collate(model, spec, tokenizer, device, observer)
-    lengths = lengths_of(train_rows).tolist()
     if not found:
         # A packed row is a part by itself where attention's cost grows with the square of a part.
         limit = spec.model.max_seq_length

@@ -21,8 +21,6 @@ from jobs.store.s3.client import THREADS, Client, code_of
 from jobs.store.s3.download import Download
 from jobs.store.s3.upload import SHA256, Upload, part_size
 
-# Deleting this many keys is one request (S3's limit).
-DELETED_AT_ONCE = 1000
 # Parts that are fetched at a time. To write and hash them takes processors: with many more threads
 # than those, they only wait for each other (a quarter of the throughput was lost on two cores).
 FETCHED_AT_ONCE = min(THREADS, 2 * len(os.sched_getaffinity(0)))
