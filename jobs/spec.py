@@ -64,8 +64,8 @@ class Model(Section):
     base: Place
     """The model to fine-tune: a repository on the Hub (`owner/name[@revision]`), `s3://bucket/path`
     or a folder, with config.json, safetensors weights and a tokenizer."""
-    load_in: Literal["4bit", "16bit"] = "4bit"
-    """How the frozen base is held while training: NF4 with double quantization, or 16 bit."""
+    load_in: Literal["4bit", "8bit", "16bit"] = "4bit"
+    """How the frozen base is held while training: NF4 with double quantization, LLM.int8, or 16 bit."""
     max_seq_length: Annotated[Int, Field(ge=16)] = 2048
     """Longest conversation in tokens; `data.too_long` says what becomes of a longer one."""
     chat_template: Place = "auto"
@@ -146,6 +146,17 @@ class Lora(Section):
     """Dropout on the input of each LoRA layer while training."""
     target: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which layers get LoRA: every linear layer but the output head, or names of modules."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, so that a high rank learns as fast as a low one."""
+    dora: bool = False
+    """Train each layer's magnitude apart from its direction (DoRA): a little better at low ranks,
+    and slower."""
+    loftq: bool = False
+    """Begin with the matrices that make up for what 4-bit loading took off the weights (LoftQ)."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases are trained: none, those of layers with LoRA, or all."""
+    modules_to_save: list[str] = []
+    """Modules that are trained whole and saved with the adapter: embed_tokens, lm_head, norms."""
 
 
 class Train(Section):
@@ -159,6 +170,8 @@ class Train(Section):
     """Conversations in one optimizer step; with `packing`, rows filled with conversations."""
     packing: bool = False
     """Fill rows of `max_seq_length` tokens with whole conversations, which do not see each other."""
+    group_by_length: bool = False
+    """Let conversations of like length share a step."""
     learning_rate: Annotated[Float, Field(gt=0)] = 2e-4
     """The highest learning rate, reached after the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -167,8 +180,9 @@ class Train(Section):
     """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.01
     """AdamW's decoupled weight decay, on the LoRA matrices."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW with 32-bit states, or bitsandbytes' with 8-bit states."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW with 32-bit states, or bitsandbytes' with 8-bit states; `paged_` ones move their states
+    to the machine's memory when the GPU's runs short."""
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
     eval_every: Annotated[Int, Field(ge=1)] | None = None
@@ -311,6 +325,14 @@ class Spec(Section):
     """How S3 is reached. Credentials are never here: they come from the environment, from mounted
     files or from the machine's role."""
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _options_that_go_together(self) -> Self:
+        if self.lora.loftq and self.model.load_in != "4bit":
+            raise ValueError("lora.loftq makes up for 4-bit loading: set model.load_in to 4bit")
+        if self.train.group_by_length and self.train.packing:
+            raise ValueError("train.group_by_length and train.packing exclude each other")
+        return self
 
 
 def json_schema() -> dict[str, Any]:
