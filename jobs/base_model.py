@@ -216,6 +216,15 @@ def _require_whole(path: Path) -> None:
         ) from None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, each once, in order."""
+    index = folder / INDEX
+    if index.is_file():
+        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return [folder / "model.safetensors"]
+
+
 def repository_of(source: str) -> str:
     """`owner/name` of a base on the Hub, without its revision."""
     place = parse_base(source)

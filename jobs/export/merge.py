@@ -18,6 +18,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from jobs.base_model import weight_files
 from jobs.errors import VerificationError
 from jobs.observe.events import Observer
 
@@ -100,15 +101,6 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     )
     unpacked: torch.Tensor = dequantize_4bit(packed, state)
     return unpacked.reshape(weight.shape)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, each once, in order."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    return [folder / "model.safetensors"]
 
 
 def _dtype(base: Path) -> torch.dtype:

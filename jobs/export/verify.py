@@ -15,15 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import kl_div, log_softmax
 
+from jobs.base_model import weight_files
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.export.answers import Answer, Question, Said, ask, questions
 from jobs.export.gguf import file_name
 from jobs.export.llama import client
-from jobs.export.merge import PREFIX, weight_files
+from jobs.export.merge import PREFIX
 from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.train.batches import PadBatch
-from jobs.train.engine import load_model
+from jobs.train.engine_transformers import load_model
 from jobs.train.loss import evaluate, trained_logits
 from jobs.train.rows import load_rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 
@@ -64,32 +64,38 @@ class FlatBatch:
     a cache, and FlashAttention only for a single row; so there is no mask here, and one row.
     """
 
-    lengths: bool = False  # whether the conversations' lengths are told as well
+    told: Literal["nothing", "lengths", "boundaries"] = "nothing"
+    """What the model is told of the conversations besides positions: their lengths, as unsloth
+    takes them, or where each begins, as transformers' flash kernels do."""
 
-    def __call__(self, items: list[Item]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[Item]) -> dict[str, Any]:
         positions = []
         for item in items:
-            lengths = item.get("seq_lengths", [len(item["input_ids"])])
-            if not sum(lengths) == len(item["input_ids"]) == len(item["labels"]):
+            sizes = item.get("seq_lengths", [len(item["input_ids"])])
+            if not sum(sizes) == len(item["input_ids"]) == len(item["labels"]):
                 raise ValueError(
                     f"a row of {len(item['input_ids'])} tokens and {len(item['labels'])} labels "
-                    f"cannot hold conversations of {lengths}"
+                    f"cannot hold conversations of {sizes}"
                 )
-            positions += [torch.arange(length) for length in lengths]
+            positions += [torch.arange(size) for size in sizes]
         position_ids = torch.cat(positions)
         labels = torch.tensor([label for item in items for label in item["labels"]])
         labels[position_ids == 0] = IGNORE
         input_ids = torch.tensor([token for item in items for token in item["input_ids"]])
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": input_ids[None],
             "position_ids": position_ids[None],
             "labels": labels[None],
         }
-        if self.lengths:
-            # unsloth finds the boundaries by these.
-            batch["packed_seq_lengths"] = torch.tensor(
-                [len(position) for position in positions], dtype=torch.int32
-            )
+        lengths = torch.tensor([len(position) for position in positions], dtype=torch.int32)
+        if self.told == "lengths":
+            batch["packed_seq_lengths"] = lengths
+        elif self.told == "boundaries":
+            ends = lengths.cumsum(0, dtype=torch.int32)
+            bounds = torch.cat([torch.zeros(1, dtype=torch.int32), ends])
+            longest = int(lengths.max())
+            batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            batch |= {"max_length_q": longest, "max_length_k": longest}
         return batch
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, TrainingArguments
 from unsloth import FastLanguageModel  # type: ignore[import-not-found]
 
-from jobs.errors import AccessError, SpecError
-from jobs.spec import Lora
-from jobs.train.engine import LoadIn
+from jobs.errors import AccessError
+from jobs.spec import Model, Spec
+from jobs.train import attention, lora
+from jobs.train.batches import FlatBatch
 from jobs.train.runtime import compute_dtype
 
 # What `all-linear` is for unsloth, which takes names: the linear layers of the architectures that
@@ -21,46 +23,66 @@ from jobs.train.runtime import compute_dtype
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def use_varlen_kernel() -> str:
+# unsloth rewrites TRL's trainer, which would put its own collator in place of ours: the plain one
+# of transformers is the loop, and the loss is unsloth's kernel's.
+TRAINER: Any = Trainer
+ARGUMENTS: Any = TrainingArguments
+
+
+def arguments() -> dict[str, Any]:
+    return {}
+
+
+def lay_out(model: Any) -> tuple[FlatBatch, str, str | None]:
+    layer = next(m for name, m in model.named_modules() if name.endswith("self_attn"))
+    if type(layer).forward.__module__.startswith("unsloth.models."):
+        kernel, slow = _use_varlen_kernel(model)
+        return FlatBatch(told="lengths"), kernel, slow
+    # An architecture for which unsloth has no attention of its own: transformers' is used.
+    kernel, slow = attention.attend_apart(model.get_base_model())
+    return FlatBatch(told="boundaries"), kernel, slow
+
+
+def _use_varlen_kernel(model: Any) -> tuple[str, str | None]:
     """Have laid-out conversations attended to by torch's own variable-length flash kernel.
 
     unsloth 2026.10 asks for the one of torch 2.12, which takes fewer heads of keys than of queries;
     with torch 2.11 it launches one kernel for each conversation and layer, which takes half of the
-    time. The kernel is the same here, with keys and values repeated. Returns its name.
+    time. The kernel is the same here, with keys and values repeated. Returns its name, and why
+    another is taken where it is.
     """
     from unsloth.utils import attention_dispatch  # type: ignore[import-not-found]
 
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "masked attention with soft-capping", "flash kernels know no soft-capping"
     if attention_dispatch._TORCH_VARLEN_ATTN is not None:
-        return "torch varlen"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
-        return "SDPA for each conversation: this device has no flash kernel"
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return "SDPA for each conversation: this torch has no varlen kernel"
+        return "varlen flash", None
+    if reason := attention.no_varlen_kernel():
+        return "SDPA for each conversation", reason
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
         max_q: int, max_k: int, *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
     ) -> Any:  # fmt: skip
-        if enable_gqa:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+        back = window_size[0]
+        return attention.attend(
+            q, k, v, cu_q, max_q, scale=scale, window=None if back < 0 else back + 1
+        )
 
     attention_dispatch._TORCH_VARLEN_ATTN = attend
-    return "torch varlen, keys repeated"
+    return "varlen flash", None
 
 
-def load_model(folder: Path, load_in: LoadIn, device: str, max_seq_length: int) -> Any:
+def load(folder: Path, model: Model, device: str) -> Any:
     """The model in `folder`, with unsloth's kernels. Raises AccessError where it cannot be loaded."""
     try:
-        model, _ = FastLanguageModel.from_pretrained(
+        loaded, _ = FastLanguageModel.from_pretrained(
             str(folder),
-            max_seq_length=max_seq_length,
+            max_seq_length=model.max_seq_length,
             dtype=compute_dtype(device),
-            load_in_4bit=load_in == "4bit",
-            load_in_16bit=load_in == "16bit",
+            load_in_4bit=model.load_in == "4bit",
+            load_in_8bit=model.load_in == "8bit",
+            load_in_16bit=model.load_in == "16bit",
             use_gradient_checkpointing=False,
             trust_remote_code=False,
             local_files_only=True,
@@ -70,28 +92,26 @@ def load_model(folder: Path, load_in: LoadIn, device: str, max_seq_length: int) 
             f"unsloth could not load {folder}: {str(error).strip().splitlines()[0]}",
             "set train.engine to transformers, which knows more architectures",
         ) from None
-    return model
+    return loaded
 
 
-def add_lora(model: Any, lora: Lora, base: str, seed: int) -> Any:
+def add_lora(model: Any, spec: Spec, base: Path) -> Any:
     """Freeze the model and put trainable LoRA matrices on its linear layers."""
+    target = spec.lora.target
     try:
         tuned = FastLanguageModel.get_peft_model(
             model,
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=ALL_LINEAR if lora.target == "all-linear" else list(lora.target),
-            bias="none",
+            target_modules=ALL_LINEAR if target == "all-linear" else list(target),
             use_gradient_checkpointing=False,
-            random_state=seed,
+            random_state=spec.train.seed,
+            **lora.options(spec.lora, model),
         )
     except (ValueError, AssertionError, TypeError) as error:
-        raise SpecError(
-            f"lora.target: {str(error).strip().splitlines()[0]}",
-            "name modules of the base model, or all-linear",
-        ) from None
-    tuned.peft_config["default"].base_model_name_or_path = base
+        raise lora.wrong_option(error) from None
+    if spec.lora.loftq:
+        lora.start_with_loftq(tuned, base, spec.train.seed)
+    # The folder, not its name on the Hub: peft would ask there at every checkpoint.
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
     return tuned
 
 

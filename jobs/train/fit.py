@@ -1,12 +1,13 @@
-"""How a step goes through the device: as many tokens at a time as run fastest within its memory."""
+"""How a step goes through the device: as many tokens at a time as run fastest within its memory.
+
+Without torch, so that `check` can ask for a plan where there is no GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 # More tokens at a time than this make no card faster: on an H200 an 8B model reaches 16.0 thousand
 # tokens a second with 8,192 and 16.4 with 16,384 as with 32,768 (bench/results/train.md).
@@ -48,7 +49,7 @@ def whole(lengths: list[int], batch_size: int) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: CUDA has a class for it, a CPU's allocator only words."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -11,7 +12,7 @@ from jobs.data.labels import IGNORE
 
 
 def trained_logits(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    model: torch.nn.Module, batch: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits that predict each trained token, and those tokens: (tokens, vocab) and (tokens,).
 
@@ -29,7 +30,7 @@ def trained_logits(
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
-    batches: Iterable[dict[str, torch.Tensor]],
+    batches: Iterable[dict[str, Any]],
     device: torch.device,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
@@ -42,10 +43,17 @@ def evaluate(
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
-        on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits, targets = trained_logits(model, on_device)
+        logits, targets = trained_logits(model, on_device(batch, device))
         total += cross_entropy(logits, targets, reduction="sum").item()
         count += targets.numel()
         between()
     model.train(was_training)
     return (total / count if count else float("nan")), count
+
+
+def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors there; what else is told stays as it is."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

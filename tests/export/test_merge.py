@@ -10,10 +10,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from jobs.base_model import weight_files
 from jobs.errors import VerificationError
-from jobs.export.merge import Updates, merge, through_nf4, weight_files
+from jobs.export.merge import Updates, merge, through_nf4
 from jobs.observe.events import Observer
-from jobs.train.engine import load_model, quantized_modules
+from jobs.train.engine_transformers import load_model, quantized_modules
 from tests.conftest import BASE
 
 

@@ -10,10 +10,11 @@ from transformers import set_seed
 
 from jobs.data.labels import IGNORE
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.spec import Lora, Train
-from jobs.train import loop
+from jobs.spec import Spec, Train
+from jobs.train import attention
 from jobs.train.batches import FlatBatch, Item, PadBatch, StepBatch
-from jobs.train.engine import add_lora, load_hf_tokenizer, load_model
+from jobs.train.engine_transformers import add_lora, load_hf_tokenizer, load_model
+from jobs.train.trainer import Trainer, arguments_of
 from tests.conftest import BASE
 from tests.train.test_isolation import made, packed
 
@@ -57,16 +58,29 @@ def test_rows_whose_conversations_are_not_known_are_refused() -> None:
         PadBatch(0)([wrong])
 
 
+def whole_spec() -> Spec:
+    return Spec.model_validate(
+        {
+            "name": "t",
+            "model": {"base": str(BASE)},
+            "data": {"train": "x.jsonl"},
+            "lora": {"rank": 4},
+        }
+    )
+
+
 def losses(
     tokenizer: ChatTokenizer, items: list[Item], collate: Any, size: int, out: Path
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """What three steps of training log, and the weights after them."""
     spec = Train(batch_size=size, max_steps=3, learning_rate=1e-3)
-    arguments = loop._arguments(spec, out, len(items), False, "cpu")
+    arguments = arguments_of(spec, out, len(items), False, "cpu")
     arguments.train_sampling_strategy = "sequential"  # so packed rows meet the same conversations
     set_seed(0)
-    model = add_lora(load_model(BASE, "16bit", "cpu"), Lora(rank=4), str(BASE))
-    trainer = loop.Trainer(
+    model = add_lora(load_model(BASE, "16bit", "cpu"), whole_spec(), BASE)
+    if isinstance(collate, FlatBatch) and collate.told == "boundaries":
+        attention.attend_apart(model.get_base_model())
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(cast(Any, items)),
@@ -86,8 +100,13 @@ def test_training_on_flat_batches_is_training_on_padded_ones(
     padded, weights = losses(tokenizer, items, PadBatch(tokenizer.pad_id), 4, tmp_path)
     assert len(padded) == 3
     assert len(set(padded)) == 3
-    for flat_items, size in ((items, 4), (rows, 2)):
-        flat, flat_weights = losses(tokenizer, flat_items, FlatBatch(), size, tmp_path)
+    told = FlatBatch(told="boundaries")
+    for flat_items, size, collate in (
+        (items, 4, FlatBatch()),
+        (rows, 2, FlatBatch()),
+        (rows, 2, told),
+    ):
+        flat, flat_weights = losses(tokenizer, flat_items, collate, size, tmp_path)
         assert flat == pytest.approx(padded, abs=1e-4)
         for name, weight in weights.items():
             assert (flat_weights[name] - weight).abs().max() <= 1e-4, name
@@ -116,6 +135,6 @@ def test_a_steps_rows_go_through_in_parts_that_hold_each_of_them_once() -> None:
 def test_the_lengths_of_what_is_laid_end_to_end_are_told_where_they_are_wanted() -> None:
     items = made([3, 5])
     assert "packed_seq_lengths" not in FlatBatch()(items)
-    batch = FlatBatch(lengths=True)([packed(items), *made([4])])
+    batch = FlatBatch(told="lengths")([packed(items), *made([4])])
     assert batch["packed_seq_lengths"].tolist() == [3, 5, 4]
     assert batch["packed_seq_lengths"].dtype == torch.int32

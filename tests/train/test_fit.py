@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import DoesNotFitError
-from jobs.train import loop
+from jobs.train import loop, trainer
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.fit import ENOUGH, Plan, find_plan, is_out_of_memory
 from tests.conftest import ROOT
@@ -80,7 +80,7 @@ def test_every_plan_gives_the_same_losses_and_the_same_adapter_within_rounding(
 def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, from_step: int = 0) -> list[int]:
     """A device on which more tokens at a time do not fit, from a step on. Those tried and refused."""
     refused: list[int] = []
-    real = loop.Trainer.compute_loss
+    real = trainer.Trainer.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kw: Any) -> Any:
         at_once = inputs["input_ids"].numel()
@@ -89,7 +89,7 @@ def refuse_above(monkeypatch: pytest.MonkeyPatch, tokens: int, from_step: int = 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(self, model, inputs, *args, **kw)
 
-    monkeypatch.setattr(loop.Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", compute_loss)
     return refused
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from jobs.data.labels import IGNORE
 from jobs.train.batches import FlatBatch, Item, PadBatch
-from jobs.train.engine import load_model
+from jobs.train.engine_transformers import load_model
 from jobs.train.loss import evaluate, trained_logits
 from tests.conftest import BASE
 

@@ -18,10 +18,10 @@ from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import AccessError, SpecError, VerificationError
 from jobs.observe.events import Observer
 from jobs.spec import Spec
-from jobs.train import loop
+from jobs.train import engine_transformers, isolation, loop
 from jobs.train.batches import FlatBatch, Item, PadBatch
 from jobs.train.checkpoints import Checkpoints
-from jobs.train.engine import load_hf_tokenizer, load_model, quantized_modules
+from jobs.train.engine_transformers import load_hf_tokenizer, load_model, quantized_modules
 from jobs.train.loss import evaluate
 from jobs.train.rows import load_rows
 from tests.conftest import BASE, ROOT
@@ -79,7 +79,7 @@ def test_the_models_forward_gets_exactly_our_labels(
         model.register_forward_pre_hook(note, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(loop, "load_model", spy)
+    monkeypatch.setattr(engine_transformers, "load_model", spy)
     run(tokenizer, prepared, tmp_path / "out")
     made = {tuple(item["input_ids"]): item["labels"] for item in items_of(prepared)}
     assert len(seen) == 4 + 16  # the longest rows once, to see that they fit; 4 steps of 4
@@ -179,15 +179,11 @@ def test_packed_training_learns_what_unpacked_training_learns(
 def test_an_architecture_that_mixes_packed_conversations_is_refused(
     tokenizer: ChatTokenizer,
 ) -> None:
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import BloomConfig, BloomForCausalLM
 
-    config = OPTConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=1, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=64, word_embed_proj_dim=32,
-    )  # fmt: skip
-    model = OPTForCausalLM(config)
-    assert not loop._is_isolated(model, FlatBatch())
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    assert not isolation.is_isolated(model, FlatBatch())
     packing = spec(packing=True)
     with pytest.raises(SpecError, match=r"train\.packing"):
-        loop.choose_collate(model, packing, tokenizer, "cpu", Observer("json"))
-    assert loop._is_isolated(load_model(BASE, "4bit", "cpu"), FlatBatch())
+        isolation.choose_collate(model, packing, tokenizer, "cpu", Observer("json"))
+    assert isolation.is_isolated(load_model(BASE, "4bit", "cpu"), FlatBatch())

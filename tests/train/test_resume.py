@@ -20,7 +20,7 @@ from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.store.hashing import sha256_of
 from jobs.store.local import LocalStore
-from jobs.train import loop
+from jobs.train import loop, progress, trainer
 from jobs.train.checkpoints import MARKER, Checkpoints
 from tests.conftest import BASE, ROOT
 
@@ -76,14 +76,14 @@ def go(
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, step: int) -> None:
     """Tell the process to stop, as a signal would, when a step's hook is reached."""
-    real = getattr(loop._Progress, where)
+    real = getattr(progress.Progress, where)
 
     def hook(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step == step:
             stop._state.signal = 15
         return real(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(loop._Progress, where, hook)
+    monkeypatch.setattr(progress.Progress, where, hook)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -141,14 +141,14 @@ def test_stopped_within_a_step_only_that_step_is_done_again(
     wanted = spec(packing=True, batch_size=3, dropout=0.1, max_steps=4)
     _, expected = go(tokenizer, prepared, tmp_path / "whole", wanted)
     with monkeypatch.context() as patch:
-        real = loop.Trainer.compute_loss
+        real = trainer.Trainer.compute_loss
 
         def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == 2:
                 stop._state.signal = 15  # in the first part of the third step
             return real(self, *args, **kwargs)
 
-        patch.setattr(loop.Trainer, "compute_loss", compute_loss)
+        patch.setattr(trainer.Trainer, "compute_loss", compute_loss)
         with pytest.raises(stop.Stop):
             go(tokenizer, prepared, tmp_path / "a", wanted)
     assert [p.parent.name for p in (tmp_path / "a" / "checkpoints").rglob(MARKER)] == [
@@ -163,14 +163,14 @@ def test_stopped_while_evaluating_the_evaluation_is_done_again(
 ) -> None:
     wanted = spec(eval_every=2, dropout=0.1)
     whole, expected = go(tokenizer, prepared, tmp_path / "whole", wanted)
-    real = loop.Trainer.evaluate
+    real = trainer.Trainer.evaluate
     with monkeypatch.context() as patch:
 
         def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
             stop._state.signal = 15 if self.state.global_step == 4 else None
             return real(self, *args, **kwargs)
 
-        patch.setattr(loop.Trainer, "evaluate", evaluate)
+        patch.setattr(trainer.Trainer, "evaluate", evaluate)
         with pytest.raises(stop.Stop):
             go(tokenizer, prepared, tmp_path / "a", wanted)
     monkeypatch.setattr(stop, "_state", stop._State())
@@ -185,14 +185,14 @@ def test_data_workers_change_nothing(
 ) -> None:
     wanted = spec(dropout=0.2, max_steps=3)
     _, expected = go(tokenizer, prepared, tmp_path / "none", wanted)
-    real: Callable[..., Any] = loop._arguments
+    real: Callable[..., Any] = trainer.arguments_of
 
     def two_workers(*args: Any) -> Any:
         arguments = real(*args)
         arguments.dataloader_num_workers = 2
         return arguments
 
-    monkeypatch.setattr(loop, "_arguments", two_workers)
+    monkeypatch.setattr(loop, "arguments_of", two_workers)
     assert go(tokenizer, prepared, tmp_path / "two", wanted)[1] == expected
 
 
@@ -257,13 +257,13 @@ def test_a_changed_spec_says_what_changed_or_begins_anew(
 def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_last_good_checkpoint(
     tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = loop.Trainer.training_step
+    real = trainer.Trainer.training_step
 
     def step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         loss = real(self, model, *args, **kwargs)
         return loss * float("nan") if self.state.global_step == 3 else loss
 
-    monkeypatch.setattr(loop.Trainer, "training_step", step)
+    monkeypatch.setattr(trainer.Trainer, "training_step", step)
     with pytest.raises(VerificationError, match="step 4 the loss is nan"):
         go(tokenizer, prepared, tmp_path, spec({"every_steps": 1}))
     found = Checkpoints(tmp_path / "checkpoints", {"what": "a test"}).newest()

@@ -1,11 +1,11 @@
-"""The `transformers` engine: the base model in 4 or 16 bit, with LoRA on it.
+"""The `transformers` engine: the base model in 4, 8 or 16 bit, with LoRA on it.
 
 The reference for every other engine, and the only one without a GPU.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime, time
 from pathlib import Path
 from typing import Any, Literal
@@ -13,26 +13,49 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from trl import SFTConfig, SFTTrainer
 
 from jobs.data.conversation import BadRow
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import AccessError
-from jobs.spec import Lora
+from jobs.spec import Model, Spec
+from jobs.train import attention, lora
+from jobs.train.batches import FlatBatch
 from jobs.train.runtime import compute_dtype
 
-LoadIn = Literal["4bit", "16bit"]
+LoadIn = Literal["4bit", "8bit", "16bit"]
+
+TRAINER: Any = SFTTrainer
+ARGUMENTS: Any = SFTConfig
+
+
+def arguments() -> dict[str, Any]:
+    return {
+        # The head's logits are computed for trained tokens only, some at a time: same mathematics.
+        "loss_type": "chunked_nll",
+        # The data is ready: TRL must neither prepare, cut, pack nor mask anything.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": False,
+    }
+
+
+def load(folder: Path, model: Model, device: str) -> PreTrainedModel:
+    return load_model(folder, model.load_in, device)
 
 
 def load_model(folder: Path, load_in: LoadIn, device: str) -> PreTrainedModel:
     """The model in `folder`, ready to compute on `device`.
 
-    `4bit` is NF4 with double quantization (Dettmers et al. 2023, QLoRA, section 3).
+    `4bit` is NF4 with double quantization (Dettmers et al. 2023, QLoRA, section 3), `8bit` LLM.int8
+    (Dettmers et al. 2022).
     Raises AccessError where transformers cannot load it.
     """
     dtype = compute_dtype(device)
@@ -44,11 +67,17 @@ def load_model(folder: Path, load_in: LoadIn, device: str) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    elif load_in == "8bit":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Gemma 2's scores are soft-capped, which transformers' SDPA leaves out without a word.
+        softcapped = getattr(config, "attn_logit_softcapping", None)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
+            attn_implementation="eager" if softcapped else None,
             quantization_config=quantization,
             use_safetensors=True,
             local_files_only=True,
@@ -81,31 +110,42 @@ def quantized_modules(model: torch.nn.Module) -> list[str]:
     return sorted(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, base: str) -> PeftModel:
+def add_lora(model: PreTrainedModel, spec: Spec, base: Path) -> PeftModel:
     """Freeze the model and put trainable LoRA matrices on its linear layers."""
-    if getattr(model, "is_loaded_in_4bit", False):
+    for parameter in model.parameters():
         # Only what this needs of peft's prepare_model_for_kbit_training, which would also cast
         # every frozen 16-bit weight to float32.
-        for parameter in model.parameters():
-            parameter.requires_grad = False
+        parameter.requires_grad = False
     config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target,
+        task_type="CAUSAL_LM", target_modules=spec.lora.target, **lora.options(spec.lora, model)
     )
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        from jobs.errors import SpecError
-
-        raise SpecError(
-            f"lora.target: {_first_line(error)}", "name modules of the base model, or all-linear"
-        ) from None
+        raise lora.wrong_option(error) from None
     assert isinstance(peft_model, PeftModel)
-    peft_model.peft_config["default"].base_model_name_or_path = base
+    if spec.lora.loftq:
+        lora.start_with_loftq(peft_model, base, spec.train.seed)
+    # The folder, not its name on the Hub: peft would ask there at every checkpoint.
+    peft_model.peft_config["default"].base_model_name_or_path = str(base)
     return peft_model
+
+
+def set_checkpointing(model: Any, wanted: bool) -> None:
+    if wanted:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def with_logits() -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def lay_out(model: Any) -> tuple[FlatBatch, str, str | None]:
+    kernel, slow = attention.attend_apart(model)
+    return FlatBatch(told="boundaries"), kernel, slow
 
 
 def train_in_float32(model: torch.nn.Module) -> None:

@@ -1,0 +1,166 @@
+"""The trainer: the library's loop on our batches and labels, in steps of parts that fit."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerControl
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from jobs import stop
+from jobs.spec import Train
+from jobs.store.local import disk_error
+from jobs.train.checkpoints import PREFIX, Checkpoints
+from jobs.train.engines import engine
+from jobs.train.loss import evaluate
+from jobs.train.progress import Progress
+from jobs.train.rows import lengths_of
+
+Base: Any = engine().TRAINER
+
+# The names of transformers. On a device without paging (a CPU) the paged ones do not page.
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+class Trainer(Base):  # type: ignore[misc]
+    """The loop, with steps in parts that fit, and an evaluation in which each token counts the same.
+
+    transformers averages the batches' means, in which a token of a short batch counts more.
+    """
+
+    def training_step(
+        self, model: Any, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and back through each part of a step; the mean loss over its trained tokens."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        tokens = torch.tensor(inputs["trained"], device=self.args.device)
+        for number, part in enumerate(inputs["parts"]):
+            if number:
+                stop.check()  # nothing has changed since the last step but gradients
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(
+                    model, self._prepare_inputs(part), num_items_in_batch=tokens
+                )
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = lengths_of(self.train_dataset).tolist()
+        return ByLength(self.args.train_batch_size, lengths, self.args.data_seed)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # transformers would look for them in a batch of its own form
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        with engine().with_logits():
+            loss, tokens = evaluate(
+                self.model, self.eval_batches(), self.args.device, between=stop.check
+            )
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": float(tokens)}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def eval_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The held-out rows, in parts that fit as training's do."""
+        for step in self.get_eval_dataloader():
+            yield from step["parts"]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one beside each checkpoint, about a model that nobody will see."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            # Neither library says it with an OSError; torch's writer has no other failure than this.
+            texts = (os.strerror(errno.ENOSPC), "inline_container")
+            full = disk_error(OSError(errno.ENOSPC, ""), folder)
+            shutil.rmtree(folder, ignore_errors=True)  # half of one only takes room
+            if any(text in str(error) for text in texts):
+                raise full from error
+            raise
+        # A pickle, and of no use: the arguments are made from the spec each time. And no state of
+        # random generators: `Progress.on_step_begin` makes it from the step.
+        for name in ("training_args.bin", "rng_state.pth", "README.md"):
+            (folder / name).unlink(missing_ok=True)
+        self.progress.keep(folder)
+        self.checkpoints.commit(folder, self.state.global_step)
+
+    progress: Progress
+    checkpoints: Checkpoints
+    group_by_length: bool = False
+
+
+class ByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """Rows of like length together, in an order that depends on seed and epoch alone: so it is the
+    same when a run is gone on with in a later epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self._seed + epoch)
+
+
+def arguments_of(train: Train, folder: Path, rows: int, evaluates: bool, device: str) -> Any:
+    steps = train.max_steps or max(1, math.ceil(rows / train.batch_size * train.epochs))
+    warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    return engine().ARGUMENTS(
+        **engine().arguments(),
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule
+        if train.schedule != "constant"
+        else "constant_with_warmup",
+        warmup_steps=int(warmup),
+        weight_decay=train.weight_decay,
+        optim=OPTIMIZERS[train.optimizer],
+        max_grad_norm=train.max_grad_norm,
+        # By steps also where it is once per epoch: so it comes before the checkpoint of its step.
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_every or math.ceil(rows / train.batch_size),
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN would be logged as 0
+        save_strategy="no",
+        report_to="none",
+        seed=train.seed,
+        data_seed=train.seed,
+        bf16=bf16,
+        fp16=device == "cuda" and not bf16,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
