@@ -172,7 +172,7 @@ def unsloth(folder: Path, lap: Clock) -> tuple[int, int, int]:
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
-    from unsloth.chat_templates import (  # type: ignore[import-not-found]
+    from unsloth.chat_templates import (
         standardize_sharegpt,
         train_on_responses_only,
     )

@@ -14,6 +14,11 @@ from jobs.preflight import Ready, preflight, result_bytes
 from jobs.run import data_stage, data_warnings
 from jobs.spec import Spec
 from jobs.stages import Stages
+from jobs.train.cards import Card, find_card, known
+from jobs.train.engines import choose_engine
+from jobs.train.memory import GIB, is_rough
+from jobs.train.room import Room, does_not_fit, smallest_card
+from jobs.train.shape import describes, read_shape
 
 
 def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, Any]:
@@ -25,6 +30,7 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
     ready = preflight(spec, folder, warnings.append, keep=False)
     data = data_stage(spec, ready, Stages(folder, observer))
     template = ready.tokenizer.template
+    gpu = _gpu(spec, ready, data.result["longest"], warnings)
     return {
         "name": spec.name,
         "base": {
@@ -41,6 +47,7 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
         "data": data.result,
         "warnings": [*warnings, *data_warnings(data.result, spec)],
         "rows": _rows(spec, ready, rows),
+        "gpu": gpu,
         "disk": [
             {"what": n.what, "folder": str(n.folder), "bytes": n.bytes, "free": n.free}
             for n in ready.disk
@@ -49,6 +56,55 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
         "llama_cpp": "built" if find_tools() else "built on first use",
         "publish": [store.url for store in ready.targets],
         "publish_bytes": result_bytes(spec, ready.base) * len(ready.targets),
+    }
+
+
+def _gpu(spec: Spec, ready: Ready, longest: int, warnings: list[str]) -> dict[str, Any]:
+    """What training takes of the GPU's memory, and the plan that it would choose there.
+
+    Raises DoesNotFitError where no plan fits.
+    """
+    shape = read_shape(ready.base.config)
+    if shape is None or shape.softcapped or not describes(shape, ready.base.weight_bytes()):
+        kind = ready.base.config["architectures"][0]
+        return {"unknown": f"how much memory {kind} takes is not reckoned; the run finds it out"}
+    card = known(spec.limits.gpu) if spec.limits.gpu else find_card()
+    engine = choose_engine(spec.train.engine, "cuda") if card and card.here else spec.train.engine
+    if spec.train.packing:
+        longest = spec.model.max_seq_length  # rows are filled up to that
+    limit = spec.limits.gpu_memory_gib
+    if card is None and limit:
+        card = Card(f"a GPU with {limit:g} GiB", int(limit * GIB))
+    room = Room(
+        spec, shape, "transformers" if engine == "transformers" else "unsloth", longest,
+        card or known("B200"),
+    )  # fmt: skip
+    rough = is_rough(shape, spec, room.engine)
+    found: dict[str, Any] = {
+        "engine": room.engine,
+        "rough": rough,
+        "least": room.least.total,
+        "smallest_card": smallest_card(room),
+        "most": room.takes(room.largest).total,
+        "fastest_card": smallest_card(room, room.largest),
+        "card": None,
+    }
+    if card is None:
+        return found
+    if room.hopeless and not rough:
+        raise does_not_fit(room)
+    if not room.fits:
+        error = does_not_fit(room)
+        warnings.append(f"the GPU's memory may not be enough: {error.message}; {error.hint}")
+    if not card.bf16:
+        warnings.append(f"{card.name} has no bfloat16: float16 is used, which can overflow")
+    return found | {
+        "card": card.name,
+        "here": card.here,
+        "bytes": card.bytes,
+        "plan": room.plan.as_json(),
+        "unpacked": room.unpacked,
+        "takes": room.takes(room.plan, room.unpacked).as_json(),
     }
 
 

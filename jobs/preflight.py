@@ -18,6 +18,8 @@ from jobs.store.cache import cache_folder
 from jobs.store.connect import Connections
 from jobs.store.local import LocalStore, existing
 from jobs.store.retry import Retries
+from jobs.train.memory import checkpoint_bytes
+from jobs.train.shape import read_shape
 
 # Bits a weight takes in each of llama.cpp's types, block scales included, rounded up
 # (llama.cpp, ggml/src/ggml-common.h; k-quant mixes by their largest measured average).
@@ -98,9 +100,12 @@ def _keeper(spec: Spec, connections: Connections) -> KeyStore | None:
 
 
 def run_bytes(spec: Spec, base: BaseModel) -> int:
-    """The most that the run's folder holds at one time, in bytes, from the base's size alone."""
+    """The most that the run's folder holds at one time, in bytes, from the base's size and shape."""
     weights = base.weight_bytes()
-    need = 0.1 * weights  # adapter, optimizer state, prepared data
+    need = 0.1 * weights  # adapter, checkpoints, prepared data
+    if shape := read_shape(base.config):
+        # One more is written before the oldest is removed; the adapter is less than another.
+        need = max(need, (spec.checkpoints.keep + 2) * checkpoint_bytes(shape, spec))
     if spec.export.gguf:
         need += weights  # the unquantized GGUF, while the others are made from it
     return int(need) + result_bytes(spec, base)

@@ -29,14 +29,14 @@ from jobs.observe.events import Observer
 from jobs.preflight import Ready, preflight
 from jobs.secrets import guard_process
 from jobs.spec import Spec
-from jobs.stages import Done, Stages, write_whole
+from jobs.stages import RECORDS, Done, Stages, write_whole
 from jobs.store import manifest
 from jobs.store.base import KeyStore, Store
 from jobs.store.hashing import FileEntry, file_entries, key_of, sha256_of
 from jobs.store.lease import Lease, held_lease
 from jobs.store.local import LocalStore
 from jobs.store.publish import publish, publish_to_all
-from jobs.train.checkpoints import Checkpoints, kept_before
+from jobs.train.checkpoints import MARKER, Checkpoints, kept_before
 from jobs.train.engines import is_unsloth
 from jobs.train.runtime import settle_threads
 
@@ -83,6 +83,10 @@ def _lease(store: KeyStore | None, spec: Spec, observer: Observer) -> AbstractCo
 def _stages(spec: Spec, ready: Ready, stages: Stages, lease: Lease) -> dict[str, Any]:
     """Everything from the data to the publication; returns the manifest."""
     folder, observer = stages.folder, stages.observer
+    if contents := _published_before(spec, ready, folder):
+        observer.event("already_published", where=", ".join(store.url for store in ready.targets))
+        _forget_checkpoints(spec, ready, stages, lease, contents)
+        return contents
     threads = settle_threads()
     before = kept_before(folder / CHECKPOINTS, ready.keeper)
     observer.reached.safe = lambda: before
@@ -104,6 +108,69 @@ def _stages(spec: Spec, ready: Ready, stages: Stages, lease: Lease) -> dict[str,
     stop.over()  # to end as stopped would have all of it done again
     checkpoints.clear()
     return contents
+
+
+def _published_before(spec: Spec, ready: Ready, folder: Path) -> dict[str, Any] | None:
+    """The manifest, where every target holds all that this run would make, and this folder nothing.
+
+    So it is for a start after one that was killed between publishing and its exit, with its disk
+    lost: to train again would cost hours and change nothing.
+    """
+    if not ready.targets or any((folder / RECORDS).glob("*.json")):
+        return None  # what is here is cheaper to go by, and is sent where it is missing
+    found = [store.read_json(manifest.NAME) for store in ready.targets]
+    said = [_said(contents) for contents in found]
+    if not all(said) or set(said) != {_identity(spec, ready)}:
+        return None
+    for store, contents in zip(ready.targets, found, strict=True):
+        there = {(entry.key, entry.size) for entry in store.entries()}
+        if not {(file["path"], file["size"]) for file in contents["files"]} <= there:
+            return None  # somebody has removed some
+    first: dict[str, Any] = found[0]
+    return first
+
+
+def _said(contents: Any) -> str | None:
+    """Which run a manifest is of; None for one that does not say it."""
+    inputs = contents.get("inputs") if isinstance(contents, dict) else None
+    identity = inputs.get("identity") if isinstance(inputs, dict) else None
+    return identity if isinstance(identity, str) else None
+
+
+def _identity(spec: Spec, ready: Ready) -> str:
+    """The same for two runs exactly when all is the same that shapes the results and can be known
+    before anything is done. The number of threads is left out: it changes no more than last bits,
+    and another node may have another one."""
+    template = ready.tokenizer.template
+    return key_of(
+        {
+            # Where results go and how they get there shapes none of them.
+            "spec": spec.model_dump(
+                mode="json", exclude={"publish", "checkpoints", "limits", "s3"}
+            ),
+            "base": [ready.base.commit, ready.base.content_key],
+            "data": [[o.commit, o.contents()] for o in ready.origins.found],
+            "template": [template.source, str(template.today)],
+            "lorajob": __version__,
+        }
+    )
+
+
+def _forget_checkpoints(
+    spec: Spec, ready: Ready, stages: Stages, lease: Lease, contents: dict[str, Any]
+) -> None:
+    """Remove what the start that was killed had not removed yet; those of another training stay."""
+    if ready.keeper is None:
+        return
+    checkpoints = checkpoints_of(spec, ready, stages, Done("", [], {}, 0, skipped=True), lease)
+    ours = {**checkpoints.inputs, "data": contents["inputs"].get("prepared")}
+    markers = [
+        ready.keeper.read_json(entry.key)
+        for entry in ready.keeper.entries()
+        if entry.key.startswith("checkpoints/") and entry.key.endswith(f"/{MARKER}")
+    ]
+    if all(isinstance(found, dict) and found.get("inputs") == ours for found in markers):
+        checkpoints.clear()
 
 
 def _safe(stages: Stages, checkpoints: Checkpoints) -> str | None:
@@ -309,12 +376,18 @@ def _adapter(ready: Ready, stages: Stages, trained: Done) -> Done:
 
 
 def _merge(spec: Spec, ready: Ready, stages: Stages, adapter: Done, trained: Done) -> Done:
+    form, load_in = spec.export.merged or "16bit", spec.model.load_in
+    quantized: list[str] | None = []
+    if spec.export.into_dequantized(load_in, spec.lora.loftq):
+        # In 8 bit they are all that bitsandbytes quantizes.
+        quantized = trained.result["quantized_modules"] if load_in == "4bit" else None
+
     def work(out: Path) -> dict[str, Any]:
         from jobs.export.merge import merge
 
         result = merge(
-            _whole_base(ready, stages.observer), stages.folder / "adapter", trained.result["quantized_modules"], out,
-            stages.observer,
+            _whole_base(ready, stages.observer), stages.folder / "adapter", quantized, out,
+            stages.observer, form, load_in,
         )  # fmt: skip
         copy_tokenizer(ready.base.folder, ready.tokenizer, out)
         settle_stops(out, ready.tokenizer)
@@ -323,12 +396,14 @@ def _merge(spec: Spec, ready: Ready, stages: Stages, adapter: Done, trained: Don
     inputs = {
         "adapter": adapter.content_key,
         "base": ready.base.content_key,
-        "quantized": trained.result["quantized_modules"],
+        "quantized": quantized,
+        "load_in": load_in,
+        "form": form,
         "code": _code_key("export"),
     }
     return stages.run(
         "merge", inputs, work, "merged",
-        note=lambda r: f"{r['updated_tensors']} tensors updated, {r['dtype']}",
+        note=lambda r: f"{r['updated_tensors']} tensors updated, {r['form']} {r['dtype']}",
     )  # fmt: skip
 
 
@@ -455,6 +530,8 @@ def _manifest(
                 for o in ready.origins.found
             ],
             "threads": threads,
+            "identity": _identity(spec, ready),
+            "prepared": done["data"].content_key,
             "keys": {name: stage.key for name, stage in done.items()},
         },
         data=done["data"].result,

@@ -40,6 +40,13 @@ GgufType = Literal[
 ]  # fmt: skip
 
 
+# Cards whose memory is known (jobs/train/cards.py).
+GpuName = Literal[
+    "T4", "V100-16GB", "V100-32GB", "L4", "A10G", "A40", "L40S", "A100-40GB", "A100", "H100",
+    "H100-NVL", "H200", "B200", "RTX-3090", "RTX-4090", "RTX-5090", "RTX-A6000", "RTX-6000-Ada",
+]  # fmt: skip
+
+
 # A number is a number: neither `yes` nor "16" in quotes stands for one.
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
@@ -196,18 +203,30 @@ class Train(Section):
 class Export(Section):
     adapter: Literal[True] = True
     """The LoRA adapter in peft's format; it is what training makes, so it is always there."""
-    merged: Literal["16bit"] | None = "16bit"
-    """The base with the adapter merged in, as 16-bit safetensors; null for none."""
+    merged: Literal["16bit", "4bit"] | None = "16bit"
+    """The base with the adapter merged in, as safetensors: in 16 bit, or in bitsandbytes' 4 bit (NF4
+    with double quantization), which transformers loads as it is; null for none."""
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"
+    """What the adapter is merged into where the base was loaded in 4 or 8 bit: its original weights,
+    or those that it was trained on, dequantized. `auto` is dequantized for 16 bit, which is nearer to
+    what was trained, and original for 4 bit: quantizing what was quantized before rounds a small
+    update away."""
     gguf: list[GgufType] = []
     """GGUF files to make, by llama.cpp's names: q8_0, q4_k_m, ..."""
 
     @model_validator(mode="after")
     def _gguf_needs_merged(self) -> Self:
-        if self.gguf and self.merged is None:
-            raise ValueError("gguf is made from the merged weights: set merged to 16bit")
+        if self.gguf and self.merged != "16bit":
+            raise ValueError("gguf is made from 16-bit merged weights: set merged to 16bit")
         if len(set(self.gguf)) != len(self.gguf):
             raise ValueError("gguf names a type twice")
         return self
+
+    def into_dequantized(self, load_in: str, loftq: bool) -> bool:
+        """Whether the adapter is merged into the base as it was held while training."""
+        if load_in == "16bit" or self.merge_base == "original":
+            return False
+        return self.merge_base == "dequantized" or self.merged == "16bit" or loftq
 
 
 class Checkpoints(Section):
@@ -236,6 +255,9 @@ class Limits(Section):
     """How long a failing service is tried again."""
     gpu_memory_gib: Annotated[Float, Field(gt=0)] | None = None
     """Use no more of the GPU's memory than this."""
+    gpu: GpuName | None = None
+    """The GPU that `check` reckons with, where the run will have another than the one that `check`
+    finds. Unset: the one in this machine; without one, `check` says what the run takes and no more."""
     lease_seconds: Annotated[Int, Field(ge=5, le=3600)] = 60
     """How long a run that was killed keeps its place in a bucket: one of the same place that starts
     meanwhile waits so long. A run that cannot reach the bucket for so long stops."""
@@ -330,6 +352,18 @@ class Spec(Section):
     def _options_that_go_together(self) -> Self:
         if self.lora.loftq and self.model.load_in != "4bit":
             raise ValueError("lora.loftq makes up for 4-bit loading: set model.load_in to 4bit")
+        if self.lora.loftq and self.export.merge_base == "original":
+            raise ValueError(
+                "with lora.loftq the adapter holds what 4-bit loading took off the weights, which the "
+                "original ones still have: set export.merge_base to auto or dequantized"
+            )
+        again = self.export.into_dequantized(self.model.load_in, self.lora.loftq)
+        if self.export.merged == "4bit" and self.model.load_in == "4bit" and again:
+            why = "lora.loftq" if self.lora.loftq else "export.merge_base: dequantized"
+            raise ValueError(
+                f"with {why}, export.merged: 4bit would quantize what was quantized before, which "
+                "rounds small updates away: set merged to 16bit or null"
+            )
         if self.train.group_by_length and self.train.packing:
             raise ValueError("train.group_by_length and train.packing exclude each other")
         return self

@@ -51,6 +51,19 @@ def go(command: str, spec: Path, work: Path, cache: Path, **env: str) -> Result:
     return lorajob(command, str(spec), "--work", str(work), cwd=ROOT, stdin="", **env)
 
 
+def events_of(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.out.splitlines()]
+
+
+def trained(result: Result) -> bool:
+    assert result.code == 0, result.err + result.out[-3000:]
+    begun = {e["stage"] for e in events_of(result) if e["event"] == "stage_start"}
+    already = [e for e in events_of(result) if e["event"] == "already_published"]
+    assert ("train" in begun) != bool(already)
+    assert begun == set() or not already
+    return "train" in begun
+
+
 @pytest.fixture
 def bucket(moto: S3Server, tmp_path: Path) -> str:
     """A bucket that holds the demo's base and forty rows."""
@@ -93,11 +106,13 @@ def test_from_a_bucket_to_a_bucket(moto: S3Server, bucket: str, tmp_path: Path) 
         assert config["base_model_name_or_path"] == f"s3://{bucket}/models/demo"
         assert str(tmp_path) not in json.dumps(config)
 
-        # Again on another machine, with nothing there: the same results, and nothing is sent.
+        # Again on another machine, with nothing there but a manifest lost: the same results, and
+        # nothing of them is sent.
+        moto.client().delete_object(Bucket=bucket, Key="runs/remote/manifest.json")
         before = len(proxy.log)
         again = go("run", file, tmp_path / "other", tmp_path / "other-cache", **env)
         assert again.code == 0, again.err
-        sent = next(json.loads(line) for line in again.out.splitlines() if '"published"' in line)
+        sent = next(event for event in events_of(again) if event["event"] == "published")
         weights = "merged/model.safetensors"
         assert sha256_of(tmp_path / "other/remote" / weights) == sha256_of(tmp_path / "work/remote" / weights)  # fmt: skip
         assert sent["kept"] >= len(manifest["files"]) - 3  # not: timings, and what lists them
@@ -160,6 +175,11 @@ def test_from_the_hub_to_the_hub_pinned_to_commits(hub: Hub, tmp_path: Path) -> 
     assert not any(path.startswith("adapter/") for path in main)
     assert main["model.safetensors"].sha256 == sha256_of(tmp_path / "work/remote/merged/model.safetensors")  # fmt: skip
     assert (tmp_path / "published" / "manifest.json").is_file()
+    commits = [len(hub.commits(name)) for name in ("acme/tuned", "acme/tuned-lora")]
+    again = go("run", file, tmp_path / "other", tmp_path / "cache", **env)
+    assert again.code == 0, again.err
+    assert "already_published" in {event["event"] for event in events_of(again)}
+    assert commits == [len(hub.commits(name)) for name in ("acme/tuned", "acme/tuned-lora")]
     wrong = go("check", spec(tmp_path / "wrong.yaml", "acme/base", {"train": "hf://acme/chats"}, []), tmp_path / "work", tmp_path / "cache", **env)  # fmt: skip
     assert wrong.code == 2
     assert "small" in wrong.err
@@ -196,6 +216,82 @@ def test_one_target_fails_the_others_are_served_and_the_next_start_sends_what_is
     sent = {e["target"]: e["sent"] for e in events if e["event"] == "published"}
     assert 0 < sent[f"s3://{bucket}/one"] < len(there) + sent[f"s3://{bucket}/one"]
     assert sent[str(tmp_path / "two")] == 0
+
+
+def test_what_was_published_is_not_trained_again_on_an_empty_disk(
+    moto: S3Server,
+    bucket: str,
+    tmp_path: Path,
+) -> None:
+    """A run that was ended between its publication and its exit, and whose disk is lost."""
+    base, data = f"s3://{bucket}/models/demo", {"train": f"s3://{bucket}/data/chats.jsonl"}
+    targets = [f"s3://{bucket}/one", str(tmp_path / "two")]
+    more: dict[str, Any] = {"checkpoints": {"every_steps": 1}}
+    file = spec(tmp_path / "spec.yaml", base, data, targets, **more)
+    client, cache = moto.client(), tmp_path / "cache"
+
+    def there() -> dict[str, str]:
+        found = client.list_objects_v2(Bucket=bucket, Prefix="one/")["Contents"]
+        return {e["Key"]: e["ETag"] for e in found if not e["Key"].endswith("lease.json")}
+
+    def start(number: int, file: Path = file) -> Result:
+        return go("run", file, tmp_path / f"work{number}", cache, **moto.environment())
+
+    with running_proxy(moto.endpoint, rate=0) as proxy:
+        # What is left to do after the publication never happens.
+        proxy.fail("expired", match=r"DELETE .*/one/checkpoints", times=99)
+        env = {**moto.environment(), "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+        ended = go("run", file, tmp_path / "work0", cache, **env)
+    assert ended.code not in (0, 1), ended.err
+    assert any("/checkpoints/" in key for key in there())
+    published = {key: tag for key, tag in there().items() if "/checkpoints/" not in key}
+    assert "one/manifest.json" in published
+
+    again = start(1)
+    assert not trained(again)
+    [said] = [event for event in events_of(again) if event["event"] == "already_published"]
+    assert all(target in said["where"] for target in targets)
+    assert there() == published  # nothing is sent, and the checkpoints are gone
+    assert not (tmp_path / "work1" / "remote" / "merged").exists()
+
+    # The same, with nothing changed but what shapes no result.
+    same = spec(
+        tmp_path / "same.yaml", base, data, targets, checkpoints={"keep": 1}, limits={"retry_minutes": 1}
+    )  # fmt: skip
+    assert not trained(start(2, same))
+
+    # One of the targets has lost its manifest, or a file: it is served again.
+    (tmp_path / "two" / "manifest.json").unlink()
+    assert trained(start(3))
+    assert (tmp_path / "two" / "manifest.json").is_file()
+    client.delete_object(Bucket=bucket, Key="one/adapter/adapter_model.safetensors")
+    assert trained(start(4))
+    assert there().keys() == published.keys()
+
+
+@pytest.mark.parametrize("change", ["learning_rate", "data", "base"])
+def test_a_run_that_would_give_something_else_is_not_taken_for_done(
+    moto: S3Server, bucket: str, tmp_path: Path, change: str
+) -> None:
+    base, data = f"s3://{bucket}/models/demo", {"train": f"s3://{bucket}/data/chats.jsonl"}
+    targets = [str(tmp_path / "published")]
+    client, train = moto.client(), {"max_steps": 2, "batch_size": 2}
+    file = spec(tmp_path / "spec.yaml", base, data, targets)
+    env = moto.environment()
+    assert trained(go("run", file, tmp_path / "work0", tmp_path / "cache", **env))
+    if change == "learning_rate":
+        file = spec(tmp_path / "spec.yaml", base, data, targets, train={**train, "learning_rate": 1e-3})  # fmt: skip
+    elif change == "data":  # under the same name
+        body = "\n".join(map(json.dumps, ROWS[:30])).encode()
+        client.put_object(Bucket=bucket, Key="data/chats.jsonl", Body=body)
+    else:
+        config = json.loads((BASE / "config.json").read_text())
+        body = json.dumps({**config, "rms_norm_eps": 2e-6}).encode()
+        client.put_object(Bucket=bucket, Key="models/demo/config.json", Body=body)
+    before = (tmp_path / "published" / "manifest.json").read_bytes()
+    assert trained(go("run", file, tmp_path / "work1", tmp_path / "cache", **env))
+    assert (tmp_path / "published" / "manifest.json").read_bytes() != before
+    assert not trained(go("run", file, tmp_path / "work2", tmp_path / "cache", **env))
 
 
 def test_check_leaves_nothing_behind(moto: S3Server, bucket: str, hub: Hub, tmp_path: Path) -> None:

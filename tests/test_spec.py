@@ -49,7 +49,7 @@ WRONG: list[dict[str, Any]] = [
     {"model": None},
     {"model": {"base": ""}},
     {"model": {"base": "a\0b"}},
-    {"model": {"base": "b", "load_in": "8bit"}},
+    {"model": {"base": "b", "load_in": "2bit"}},
     {"model": {"base": "b", "max_seq_length": "2048"}},
     {"data": {"train": []}},
     {"data": {"train": None}},

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -20,7 +20,7 @@ from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.export.answers import Answer, Question, Said, ask, questions
 from jobs.export.gguf import file_name
 from jobs.export.llama import client
-from jobs.export.merge import PREFIX
+from jobs.export.merged_check import merged_failures, merged_weights
 from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.train.batches import PadBatch
@@ -37,10 +37,6 @@ RELOADED_LOGITS = {"cpu": 1e-4, "cuda": 0.5}
 # Rounding the merged weights to 16 bit costs a prediction far less than this (1e-6 where it was
 # measured); another base, or no merge at all, costs far more.
 MERGED_KL = 1e-2  # nats per token
-
-# How much of the trained update is in the merged weights must be 1 for every layer: see
-# `_merged_share`. This much it may be off beyond what rounding explains.
-MERGED_SHARE = 0.02
 
 # Quantizing costs something; a file that has lost more than half of what training gained has not
 # kept what it was made for.
@@ -83,6 +79,7 @@ def verify(
     batches = _batches(paths.data, tokenizer, spec.train.batch_size)
     probe = load_file(paths.probe)
     limit = spec.verify.max_new_tokens
+    dequantized = spec.export.into_dequantized(spec.model.load_in, spec.lora.loftq)
     failures: list[str] = []
     subjects: dict[str, Subject] = {}
     total = 2 + (paths.merged is not None) + len(spec.export.gguf)
@@ -109,12 +106,13 @@ def verify(
         )
         ticker.advance(note="adapter")
         if paths.merged:
-            failures += _share_failures(tuned, paths.merged)
+            failures += merged_failures(tuned, paths.base, paths.merged, dequantized)
         del base, tuned
 
         if paths.merged:
             subjects["merged"] = _merged(paths, probe, batches, tokenizer, asked, limit, device)
-            failures += _merged_failures(subjects["merged"])
+            exact = spec.export.merged == "16bit" and (dequantized or spec.model.load_in == "16bit")
+            failures += _merged_failures(subjects["merged"], exact)
             ticker.advance(note="merged")
         for kind in spec.export.gguf:
             assert paths.gguf is not None
@@ -177,62 +175,24 @@ def _merged(
 
 def _changed(base: Path, merged: Path) -> int:
     """How many tensors of the merged model are other numbers than the base's."""
-    changed = 0
-    for before, after in zip(weight_files(base), weight_files(merged), strict=True):
-        with safe_open(before, "pt") as old, safe_open(after, "pt") as new:
-            for name in new.keys():  # noqa: SIM118 - not a dict
-                tensor = new.get_tensor(name)
-                changed += not torch.equal(old.get_tensor(name).to(tensor.dtype), tensor)
+    with ExitStack() as files:
+        opened = [files.enter_context(safe_open(path, "pt")) for path in weight_files(base)]
+        before = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        changed = 0
+        for name, tensor, form in merged_weights(merged):
+            changed += form == "4bit" or (
+                name in before
+                and not torch.equal(before[name].get_tensor(name).to(tensor.dtype), tensor)
+            )
     return changed
 
 
-@torch.no_grad()
-def _share_failures(tuned: Any, merged: Path) -> list[str]:
-    """Whether each layer's update is in the merged weights exactly once."""
-    layers = {
-        f"{name.removeprefix(PREFIX)}.weight": layer
-        for name, layer in tuned.named_modules()
-        if hasattr(layer, "get_delta_weight")
-    }
-    failures = []
-    for file in weight_files(merged):
-        with safe_open(file, "pt") as tensors:
-            for name in sorted(set(tensors.keys()) & set(layers)):
-                share, noise = _merged_share(tensors.get_tensor(name), layers[name])
-                if abs(share - 1) > MERGED_SHARE + 6 * noise:
-                    failures.append(
-                        f"merged: {name} has {round(share, 2) + 0.0:.2f} times the update that was trained, "
-                        "where it must have it once"
-                    )
-    return failures
-
-
-def _merged_share(merged: torch.Tensor, layer: Any) -> tuple[float, float]:
-    """How many times a layer's update is in its merged weight, and how unsure that is.
-
-    The difference between merged and base weight, projected on the trained update: 0 where nothing
-    was merged, 1 where it was merged once, 2 where twice. Rounding errors are independent of the
-    update and cancel in the projection: what is left of them has the standard deviation
-    sigma / |update|, with sigma the rounding error of a weight (2^-9 of its size in bfloat16).
-    """
-    weight = layer.get_base_layer().weight
-    state = getattr(weight, "quant_state", None)
-    base = dequantize_4bit(weight.data, state) if state is not None else weight.data
-    base = base.reshape(merged.shape).float()
-    update = layer.get_delta_weight("default").float()
-    size = update.norm().item()
-    if size == 0:  # nothing was trained here, and `changed_tensors` says the rest
-        return 1.0, 0.0
-    difference = merged.to(base.device).float() - base
-    share = (difference * update).sum().item() / size**2
-    return share, 2**-9 * base.pow(2).mean().sqrt().item() / size
-
-
-def _merged_failures(merged: Subject) -> list[str]:
+def _merged_failures(merged: Subject, exact: bool) -> list[str]:
+    """`exact`: nothing but rounding lies between the merged model and the one that was trained."""
     failures = []
     if merged.facts["changed_tensors"] == 0:
         failures.append("merged: every weight equals the base's: nothing was merged")
-    if not merged.facts["kl_to_adapter"] <= MERGED_KL:
+    if exact and not merged.facts["kl_to_adapter"] <= MERGED_KL:
         failures.append(
             f"merged: it predicts otherwise than the base with the adapter "
             f"(KL {merged.facts['kl_to_adapter']:.3g} nats per token, allowed {MERGED_KL})"

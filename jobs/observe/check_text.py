@@ -46,6 +46,7 @@ def print_check(found: dict[str, Any]) -> None:
             for d in found["disk"]
             if d["bytes"]
         ),
+        ("gpu", gpu_text(found["gpu"])),
         ("llama.cpp", found["llama_cpp"]),
         ("publish",
             f"{', '.join(found['publish'])}: can be written; about {_gib(found['publish_bytes'])} to send"
@@ -66,6 +67,33 @@ def print_check(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         console.print(Text(f"  {row['place']}", "bold"), soft_wrap=True)
         console.print(_coloured(row), soft_wrap=True)
+
+
+def gpu_text(gpu: dict[str, Any]) -> str:
+    """What training takes of a GPU's memory, in a sentence."""
+    if "unknown" in gpu:
+        return str(gpu["unknown"])
+    about = "roughly" if gpu["rough"] else "about"
+    if gpu["card"] is None:
+        small, fast = (
+            gpu[key] or "no card that is known" for key in ("smallest_card", "fastest_card")
+        )
+        return (
+            f"none here; training takes {about} {_gib(gpu['least'])} at the least ({small}) and runs "
+            f"fastest with {_gib(gpu['most'])} ({fast})"
+        )
+    plan, takes = gpu["plan"], gpu["takes"]
+    parts = ", ".join(
+        f"{name} {_gib(count)}"
+        for name, count in sorted(takes.items(), key=lambda part: -part[1])
+        if name != "total"
+    )
+    return (
+        f"{gpu['card']}, {gpu['bytes'] / 2**30:.1f} GiB: {plan['tokens']:,} tokens at a time with "
+        f"activations {'made again' if plan['checkpointing'] else 'kept'}"
+        f"{', the 4-bit weights held unpacked' if gpu['unpacked'] else ''}, {about} "
+        f"{_gib(takes['total'])} ({parts})"
+    )
 
 
 def _gib(count: int) -> str:

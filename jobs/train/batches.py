@@ -116,16 +116,31 @@ class StepBatch:
         return {"parts": parts, "trained": trained}
 
     def split(self, items: list[Item]) -> list[list[Item]]:
-        """Whole rows, in their order; padded ones are sorted first, so that like goes with like."""
-        padded = isinstance(self.collate, PadBatch)
-        if padded:
+        """Whole rows, in their order, in as few parts as can be, and these about equal: a small one
+        takes nearly as long as a large one. Padded rows are sorted first, so that like goes with
+        like."""
+        if isinstance(self.collate, PadBatch):
             items = sorted(items, key=lambda item: len(item["input_ids"]))
+        parts = self._filled(items, self.max_tokens)
+        least, most = 1, self.max_tokens
+        while least < most:  # the smallest that does with as many parts
+            middle = (least + most) // 2
+            fewer = self._filled(items, middle)
+            if len(fewer) <= len(parts):
+                parts, most = fewer, middle
+            else:
+                least = middle + 1
+        return parts
+
+    def _filled(self, items: list[Item], most: int) -> list[list[Item]]:
+        """Parts of up to so many tokens, each filled before the next."""
+        padded = isinstance(self.collate, PadBatch)
         parts: list[list[Item]] = []
         size = 0
         for item in items:
             length = len(item["input_ids"])
             grown = (len(parts[-1]) + 1) * length if padded and parts else size + length
-            if parts and grown <= self.max_tokens:
+            if parts and grown <= most:
                 parts[-1].append(item)
                 size += length
             else:

@@ -78,7 +78,8 @@ def load_model(folder: Path, load_in: LoadIn, device: str) -> PreTrainedModel:
             dtype=dtype,
             device_map={"": device},
             attn_implementation="eager" if softcapped else None,
-            quantization_config=quantization,
+            # None would hide what config.json says of weights that are quantized already.
+            **({"quantization_config": quantization} if quantization else {}),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
-from unsloth import FastLanguageModel  # type: ignore[import-not-found]
+from unsloth import FastLanguageModel
 
 from jobs.errors import AccessError
 from jobs.spec import Model, Spec
@@ -22,6 +22,7 @@ from jobs.train.runtime import compute_dtype
 # it has kernels for.
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+LONG = 2048  # any length from which unsloth finds it worthwhile to move a layer's input away
 
 # unsloth rewrites TRL's trainer, which would put its own collator in place of ours: the plain one
 # of transformers is the loop, and the loss is unsloth's kernel's.
@@ -51,7 +52,7 @@ def _use_varlen_kernel(model: Any) -> tuple[str, str | None]:
     time. The kernel is the same here, with keys and values repeated. Returns its name, and why
     another is taken where it is.
     """
-    from unsloth.utils import attention_dispatch  # type: ignore[import-not-found]
+    from unsloth.utils import attention_dispatch
 
     if getattr(model.config, "attn_logit_softcapping", None):
         return "masked attention with soft-capping", "flash kernels know no soft-capping"
@@ -116,8 +117,13 @@ def add_lora(model: Any, spec: Spec, base: Path) -> Any:
 
 
 def set_checkpointing(model: Any, wanted: bool) -> None:
-    """Keep activations, or make them again in the backward pass (and hold them on the CPU)."""
-    FastLanguageModel.for_training(model, use_gradient_checkpointing="unsloth" if wanted else False)
+    """Keep activations, or make them again in the backward pass; what each layer begins with waits
+    in the machine's memory then."""
+    if wanted and torch.cuda.is_available():  # and never back: its buffers would be gone
+        from unsloth.models._utils import apply_unsloth_gradient_checkpointing
+
+        apply_unsloth_gradient_checkpointing("unsloth", LONG, compute_dtype("cuda"))
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=wanted)
 
 
 @contextmanager

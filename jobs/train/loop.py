@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,17 @@ from jobs.train.progress import Progress
 from jobs.train.rows import lengths_of, load_rows, pack_rows
 from jobs.train.runtime import device_name
 from jobs.train.trainer import Trainer, arguments_of
-from jobs.train.trial import fit, free_memory, try_part
+from jobs.train.trial import (
+    fit,
+    free_memory,
+    memory_for_training,
+    try_part,
+    unpack_if_there_is_room,
+)
 
 SMALLER_PLANS = 3  # how often memory may run out before the run ends
-PROBES = 4  # conversations whose logits are kept, for verification to compare against
+PROBES = 4  # conversations whose logits are kept, for verification to compare against,
+PROBED = 256  # and how many of their trained tokens
 
 
 def train(
@@ -56,6 +64,7 @@ def train(
     train_rows = load_rows(data / "train.arrow")
     eval_rows = load_rows(data / "eval.arrow")
     assert train_rows is not None
+    conversations = train_rows
     if spec.train.packing:
         train_rows = pack_rows(train_rows, spec.model.max_seq_length)
     lengths: list[int] = lengths_of(train_rows).tolist()
@@ -64,8 +73,11 @@ def train(
         progress.take_up(found)
         observer.event("resumed", checkpoint=found.name)
     hf_tokenizer = load_hf_tokenizer(base, tokenizer)
+    gc.freeze()  # all that was imported lives to the end: no need to look through it again
+    left = memory_for_training(spec) if device == "cuda" else 0
     base_model = engine().load(base, spec.model, device)
     in_4bit = quantized_modules(base_model)
+    unpacked = device == "cuda" and unpack_if_there_is_room(base_model, spec, lengths, left)
     model = engine().add_lora(base_model, spec, base)
     collate = choose_collate(model, spec, tokenizer, device, observer)
     if not found:
@@ -99,20 +111,20 @@ def train(
 
     trainer = trainer_of(progress.plan)
     if device == "cuda" and not found:
-        progress.plan = fit(trainer, train_rows, lengths, spec)
-        observer.event("plan", **progress.plan.as_json())
+        progress.plan = fit(trainer, train_rows, lengths, spec, left, unpacked)
+        observer.event("plan", **progress.plan.as_json(), unpacked=unpacked)
         trainer = trainer_of(progress.plan)
     if eval_rows and not found:
         with engine().with_logits():
             progress.eval_loss_before = round(
                 evaluate(model, trainer.eval_batches(), trainer.args.device, stop.check)[0], 6
             )
-    trainer = _run(trainer, trainer_of, found, train_rows, lengths)
+    trainer = _run(trainer, trainer_of, found, train_rows, lengths, tried=device == "cuda")
     if eval_rows and not progress.evaluated(trainer.state.global_step):
         trainer.evaluate()
     model.eval()
     model.save_pretrained(out / "adapter")
-    probe_rows = eval_rows if eval_rows else train_rows
+    probe_rows = eval_rows or conversations
     with engine().with_logits():
         _keep_probe(
             model, probe_rows, PadBatch(tokenizer.pad_id), out / "probe.safetensors", device
@@ -128,7 +140,7 @@ def train(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tokens_per_second": speeds[-1] if speeds else None,
         "device": device,
-        "plan": progress.plan.as_json(),
+        "plan": progress.plan.as_json() | {"unpacked": unpacked},
         "quantized_modules": in_4bit,
         "history": progress.history,
     }
@@ -140,16 +152,17 @@ def _run(
     found: Path | None,
     rows: Dataset,
     lengths: list[int],
+    tried: bool,
 ) -> Trainer:
     """Train to the end, from a checkpoint where there is one; returns the trainer that got there.
 
-    Where memory runs out, the step is taken in smaller parts, from where training had got to.
+    `tried` says that the plan has been seen to fit. Where memory runs out, the step is taken in smaller parts, from where training had got to.
     """
     progress = trainer.progress
     longest = max(lengths)
     for smaller in range(SMALLER_PLANS + 1):
         try:
-            if not found or smaller:
+            if smaller or not (found or tried):
                 try_part(trainer, rows, lengths, progress.plan.tokens)
             _train_from(trainer, found)
             return trainer
@@ -210,6 +223,6 @@ def _keep_probe(
     """Keep some conversations with the logits that training ended with."""
     items = [dict(rows[index]) for index in range(min(PROBES, len(rows)))]
     batch = collate(items)  # type: ignore[arg-type]
-    logits, targets = trained_logits(model, on_device(batch, device))
+    logits, targets = trained_logits(model, on_device(batch, device), PROBED)
     assert IGNORE not in targets
     save_file({**batch, "logits": logits.cpu().contiguous()}, path)

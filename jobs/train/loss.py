@@ -2,29 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from jobs.data.labels import IGNORE
 
+ROWS = 1024  # of logits at a time: float32 over 128 thousand tokens, they take half a GiB
+
 
 def trained_logits(
-    model: torch.nn.Module, batch: dict[str, Any]
+    model: torch.nn.Module, batch: dict[str, Any], limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits that predict each trained token, and those tokens: (tokens, vocab) and (tokens,).
 
-    `batch` is as PadBatch or FlatBatch made it. The logits are float32. The token at position t is
-    predicted at t - 1.
+    `batch` is as PadBatch or FlatBatch made it; of its trained tokens the first `limit` count. The
+    logits are float32. The token at position t is predicted at t - 1.
+    """
+    parts = list(in_chunks(model, batch, limit or batch["labels"].numel(), limit))
+    return torch.cat([logits for logits, _ in parts]), torch.cat([tokens for _, tokens in parts])
+
+
+def in_chunks(
+    model: Any, batch: dict[str, Any], rows: int, limit: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same, `rows` at a time: what a model's head makes of a whole batch would be the largest
+    tensor there is.
+
+    The head is applied only where it is wanted, by the model's own code: its backbone is made to
+    return those positions alone, and then to stand in with the rest of what it has computed.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    # With a cache transformers does not keep a FlatBatch's conversations apart.
-    logits = model(**inputs, use_cache=False).logits
     targets = batch["labels"][:, 1:]
     trained = targets != IGNORE
-    return logits[:, :-1][trained].float(), targets[trained]
+    targets = targets[trained][:limit]
+    if not targets.numel():
+        return
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = causal.base_model
+    states: list[torch.Tensor] = []
+
+    def first_rows(module: Any, args: Any, output: Any) -> Any:
+        hidden = output[0]
+        states.append(hidden[:, :-1][trained][:limit][None])
+        return type(output)(last_hidden_state=states[0][:, :rows])
+
+    hook = backbone.register_forward_hook(first_rows)
+    try:
+        # With a cache transformers does not keep a FlatBatch's conversations apart.
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        hook.remove()
+    yield logits[0].float(), targets[:rows]
+    for start in range(rows, len(targets), rows):
+        part = states[0][:, start : start + rows]
+        output = BaseModelOutputWithPast(last_hidden_state=part)
+        own = backbone.__dict__.get("forward")
+        backbone.forward = lambda *args, output=output, **kwargs: output
+        try:
+            places = torch.zeros(part.shape[:2], dtype=torch.int64, device=part.device)
+            logits = causal(input_ids=places, use_cache=False).logits
+        finally:
+            del backbone.forward
+            if own:
+                backbone.forward = own
+        yield logits[0].float(), targets[start : start + rows]
 
 
 @torch.no_grad()
@@ -43,9 +88,9 @@ def evaluate(
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
-        logits, targets = trained_logits(model, on_device(batch, device))
-        total += cross_entropy(logits, targets, reduction="sum").item()
-        count += targets.numel()
+        for logits, targets in in_chunks(model, on_device(batch, device), ROWS):
+            total += cross_entropy(logits, targets, reduction="sum").item()
+            count += targets.numel()
         between()
     model.train(was_training)
     return (total / count if count else float("nan")), count

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 from datasets import Dataset
 
 from jobs.spec import Spec
-from jobs.train.engines import engine
+from jobs.train.engines import engine, engine_name
 from jobs.train.fit import Plan, find_plan, whole
+from jobs.train.memory import GIB, holds_unpacked, reckon
+from jobs.train.memory import unpacked as as_unpacked
+from jobs.train.shape import read_shape
 from jobs.train.trainer import Trainer
+from jobs.train.unpack import unpack
 
 
 def try_part(trainer: Trainer, rows: Dataset, lengths: list[int], tokens: int) -> None:
@@ -42,19 +47,37 @@ def try_part(trainer: Trainer, rows: Dataset, lengths: list[int], tokens: int) -
         model.train(was_training)
 
 
-def fit(trainer: Trainer, rows: Dataset, lengths: list[int], spec: Spec) -> Plan:
-    """The fastest plan for this GPU, by trying: see `jobs.train.fit`."""
+def memory_for_training(spec: Spec) -> int:
+    """Bytes of the GPU that torch's allocator may take, all together; it is held to them.
+
+    What other programs have, and what this one has outside of the allocator, is left out.
+    """
+    there = torch.cuda.get_device_properties(0).total_memory
+    limit = spec.limits.gpu_memory_gib
+    total = min(there, int(limit * GIB)) if limit else there
+    torch.zeros(1, device="cuda")  # so that what CUDA itself takes is taken
+    free, all_of_it = torch.cuda.mem_get_info()
+    others = all_of_it - free - torch.cuda.memory_reserved()
+    left = total - max(0, others)
+    torch.cuda.set_per_process_memory_fraction(left / there)
+    return left
+
+
+def unpack_if_there_is_room(model: Any, spec: Spec, lengths: list[int], left: int) -> bool:
+    """Hold a 4-bit base unpacked, where the GPU has room for that and everything else."""
+    shape = read_shape(model.config.to_dict())
+    most, longest = whole(lengths, spec.train.batch_size), max(lengths)
+    name = engine_name()
+    if shape is None or not holds_unpacked(shape, spec, most, longest, left, name, left):
+        return False
+    return unpack(model) > 0
+
+
+def fit(
+    trainer: Trainer, rows: Dataset, lengths: list[int], spec: Spec, left: int, unpacked: bool
+) -> Plan:
+    """The fastest plan within `left` bytes, by trying: see `jobs.train.fit`."""
     model = trainer.model
-    total = torch.cuda.get_device_properties(0).total_memory
-    if spec.limits.gpu_memory_gib:
-        total = min(total, int(spec.limits.gpu_memory_gib * 2**30))
-        torch.cuda.set_per_process_memory_fraction(
-            total / torch.cuda.get_device_properties(0).total_memory
-        )
-    free_memory()
-    others = (
-        torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
-    )
     # Gradients and AdamW's two states are not there yet when a plan is tried.
     states: int = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -63,12 +86,18 @@ def fit(trainer: Trainer, rows: Dataset, lengths: list[int], spec: Spec) -> Plan
         free_memory()
         torch.cuda.reset_peak_memory_stats()
         try_part(trainer, rows, lengths, plan.tokens)
-        taken: int = torch.cuda.max_memory_allocated()
-        return int(taken + states)
+        return int(torch.cuda.max_memory_allocated()) + states
 
-    plan = find_plan(
-        whole(lengths, spec.train.batch_size), max(lengths), total - max(0, others), peak
-    )
+    shape = read_shape(model.config.to_dict())
+    reckoned = None
+    if shape:
+        held = as_unpacked(spec) if unpacked else spec
+        longest = max(lengths)
+
+        def reckoned(plan: Plan) -> int:
+            return reckon(shape, held, plan, longest, engine_name(), left).allocated
+
+    plan = find_plan(whole(lengths, spec.train.batch_size), max(lengths), left, peak, reckoned)
     free_memory()
     return plan
 

@@ -34,7 +34,9 @@ def found(
     """Verify a copy of the demo's results after a change to it; returns what was found."""
     monkeypatch.chdir(ROOT)
 
-    def look(change: Change | None = None, gguf: list[str] | None = None) -> list[str]:
+    def look(
+        change: Change | None = None, gguf: list[str] | None = None, **export: Any
+    ) -> list[str]:
         run = tmp_path / "run"
         shutil.copytree(demo, run)
         if change:
@@ -42,7 +44,7 @@ def found(
         spec = Spec.model_validate(
             {
                 **load_spec("examples/demo.yaml", {}).model_dump(),
-                "export": {"gguf": gguf or []},
+                "export": {"gguf": gguf or [], **export},
             }
         )
         paths = Paths(
@@ -101,6 +103,30 @@ def test_a_wrong_merge_is_found_in_every_layer(
     found: Callable[..., list[str]], scale: float, message: str
 ) -> None:
     assert sum(message in text for text in found(lambda run: remerge(run, scale))) == 28
+
+
+def to_4_bit(run: Path, quantized: list[str] | None) -> None:
+    (run / "merged/model.safetensors").unlink()
+    merge(BASE, run / "adapter", quantized, run / "merged", Observer("json"), "4bit")
+
+
+def test_a_4_bit_result_passes(found: Callable[..., list[str]]) -> None:
+    assert found(lambda run: to_4_bit(run, []), merged="4bit") == []
+
+
+def test_a_4_bit_result_that_lost_some_of_the_update_is_found(
+    found: Callable[..., list[str]],
+) -> None:
+    """Dequantized weights lie on the grid of a second quantizing, and fall back onto it."""
+    failures = found(lambda run: to_4_bit(run, None), merged="4bit")
+    assert any("times the update that was trained" in text for text in failures)
+
+
+def test_the_original_base_passes_where_it_was_asked_for(found: Callable[..., list[str]]) -> None:
+    def change(run: Path) -> None:
+        merge(BASE, run / "adapter", [], run / "merged", Observer("json"))
+
+    assert found(change, merge_base="original") == []
 
 
 def test_merged_weights_that_are_the_base_are_found(found: Callable[..., list[str]]) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.nn.functional import cross_entropy
 
+from jobs.data.labels import IGNORE
 from jobs.train.attention import attend, attend_apart
 from jobs.train.batches import FlatBatch, PadBatch
+from jobs.train.loss import evaluate, in_chunks, trained_logits
 from tests.train.test_isolation import made
 
 SHAPE = {
@@ -118,3 +121,26 @@ def test_gradients_are_those_of_a_masked_row() -> None:
         ]
         for one, other in zip(*gradients, strict=True):
             assert (one - other).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])  # the last two change logits
+def test_logits_in_chunks_are_those_of_the_whole(kind: str) -> None:
+    model = model_of(kind)
+    items = made([23, 1, 40, 2, 17])
+    for batch in (PadBatch(0)(items), FlatBatch()(items)):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        targets = batch["labels"][:, 1:]
+        logits = model(**inputs, use_cache=False).logits[:, :-1][targets != IGNORE]
+        targets = targets[targets != IGNORE]
+        for found, tokens in (
+            trained_logits(model, batch),
+            [torch.cat(parts) for parts in zip(*in_chunks(model, batch, 7), strict=True)],
+        ):
+            assert torch.equal(tokens, targets)
+            assert torch.equal(found, logits)
+        assert torch.equal(trained_logits(model, batch, limit=5)[0], logits[:5])
+        loss, count = evaluate(model, [batch], torch.device("cpu"))
+        assert count == len(targets)
+        assert loss == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-5)
+    assert "forward" not in model.base_model.__dict__  # nothing stands in for it any more

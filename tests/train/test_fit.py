@@ -31,30 +31,39 @@ def test_smaller_plans_go_down_to_the_longest_row() -> None:
     assert seen == [1000, 500, 250, 125, 120]
 
 
+@pytest.mark.parametrize("off", [None, 0.7, 1.0, 1.3])
 @pytest.mark.parametrize("free", [2, 5, 9, 12, 20, 40, 80, 140])
-def test_the_plan_fits_and_hardly_a_larger_one_would(free: int) -> None:
+def test_the_plan_fits_and_hardly_a_larger_one_would(free: int, off: float | None) -> None:
     """A card on which 5.6 GiB are taken before the first token, and keeping activations costs nine
     times what making them again does; the cost of a token is no straight line at first."""
     gib = 2**30
 
-    def cost(tokens: int, checkpointing: bool) -> float:
+    def cost(tokens: float, checkpointing: bool) -> float:
         each = 0.00045 if checkpointing else 0.0040
         return 5.6 + max(0.8, each * tokens) + 0.2
 
+    tried = []
+
     def peak(plan: Plan) -> int:
+        tried.append(plan)
         took = cost(plan.tokens, plan.checkpointing)
         if took > free:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return int(took * gib)
 
-    plan = find_plan(most=100_000, longest=2048, free=free * gib, peak=peak)
+    def reckon(plan: Plan) -> int:
+        assert off is not None
+        return int(cost(plan.tokens, plan.checkpointing) * off * gib)
+
+    plan = find_plan(100_000, 2048, free * gib, peak, reckon if off else None)
+    assert len(tried) <= (3 if off == 1.0 else 12)
     if free <= 5:
         assert plan == Plan(2048, checkpointing=True)  # what is tried first says that it does not
         return
     taken = cost(plan.tokens, plan.checkpointing)
     assert taken <= free
     if plan.tokens < ENOUGH:
-        assert cost(plan.tokens + 2 * 512, plan.checkpointing) > 0.93 * free
+        assert cost(1.05 * plan.tokens + 2 * 512, plan.checkpointing) > 0.93 * free
     assert plan.checkpointing == (free < 15)
 
 
@@ -66,7 +75,7 @@ def test_every_plan_gives_the_same_losses_and_the_same_adapter_within_rounding(
     for tokens in (10_000, 300, 150, 1):
         monkeypatch.setattr(loop, "whole", lambda *arguments, tokens=tokens: tokens)
         result, _ = go(tokenizer, prepared, tmp_path / str(tokens), wanted)
-        assert result["plan"] == {"tokens": tokens, "checkpointing": False}
+        assert result["plan"] == {"tokens": tokens, "checkpointing": False, "unpacked": False}
         losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
         path = tmp_path / str(tokens) / "out" / "adapter" / "adapter_model.safetensors"
         found.append((losses, load_file(path)))

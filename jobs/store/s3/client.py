@@ -22,7 +22,7 @@ from jobs.store.s3.direct import Direct, send_unasked
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
-THREADS = 8  # transfers at a time
+THREADS = 10  # transfers at a time
 RENEWAL = 60.0  # seconds that credentials which ran out are given to be renewed
 
 # Error codes that pass, by AWS's list of S3 errors and its SDKs' list of throttling codes.

@@ -1,25 +1,27 @@
 """Requests that move bytes, without what boto3 does around each.
 
 boto3 takes more than a millisecond of Python for a request, which for thousands of small files is
-longer than the server takes, and it copies a large body in pieces of 16 KB. Its parts are used here as they are: the signer, the connections, the
-parser of errors. Where the bucket is and how requests to it are signed is learned from a request
-that boto3 itself has made.
+longer than the server takes, and it copies a large body in pieces of 16 KB. Its connections and its
+parser of errors are used here as they are; the signature, version 4 of AWS's, is made here. Where the
+bucket is and for which region its requests are signed is learned from a request that boto3 has made.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import lru_cache
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from botocore import parsers
-from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
+from botocore.awsrequest import AWSPreparedRequest
 from botocore.exceptions import ClientError
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 # Bytes of a body that is sent without asking first whether it is wanted: what fits the buffers
 # between here and the server costs nothing where it is refused, and asking costs a round trip.
 UNASKED = 128 << 10
+UNSIGNED = "UNSIGNED-PAYLOAD"
+CRC32 = "x-amz-checksum-crc32"
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 SIGNED = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]+/([^/,]+)/s3/aws4_request,")
 
 
@@ -73,7 +78,9 @@ class Direct:
     def ready(self) -> bool:
         return self._place is not None
 
-    def put(self, key: str, body: bytes, headers: dict[str, str], query: str = "") -> Any:
+    def put(
+        self, key: str, body: bytes | memoryview, headers: dict[str, str], query: str = ""
+    ) -> Any:
         """Send an object, or with the query that says so a part of one. The answer's headers."""
         if len(body) > UNASKED:
             headers = {**headers, "Expect": "100-continue"}
@@ -89,18 +96,23 @@ class Direct:
         method: str,
         key: str,
         headers: dict[str, str],
-        body: bytes = b"",
+        body: bytes | memoryview = b"",
         query: str = "",
     ) -> tuple[Any, bytes]:
         """One request; raises what boto3 would raise for its answer."""
         assert self._place
         base, region = self._place
-        request = AWSRequest(method, f"{base}{quote(key, safe='/~')}{query}", dict(headers), body)
-        request.context["client_config"] = self._made.meta.config
-        request.headers["User-Agent"] = self._made.meta.config.user_agent  # type: ignore[attr-defined]
-        S3SigV4Auth(self._credentials.get_frozen_credentials(), "s3", region).add_auth(request)
-        request.stream_output = True
-        answer = self._session.send(request.prepare())
+        url = f"{base}{quote(key, safe='/~')}{query}"
+        # Over https nothing can change the body on its way unseen, and the server checks its CRC-32.
+        unsigned = CRC32 in headers and url.startswith("https:")
+        headers = {
+            **headers,
+            "User-Agent": self._made.meta.config.user_agent,  # type: ignore[attr-defined]
+            "x-amz-content-sha256": UNSIGNED if unsigned else hashlib.sha256(body).hexdigest(),
+        }
+        credentials = self._credentials.get_frozen_credentials()
+        sign(method, url, headers, credentials, region)
+        answer = self._session.send(AWSPreparedRequest(method, url, headers, body, True))  # type: ignore[arg-type]
         hurry(answer.raw)
         data = answer.content
         if answer.status_code >= 300:
@@ -108,6 +120,53 @@ class Direct:
             said = {"status_code": answer.status_code, "headers": answer.headers, "body": data}
             raise ClientError(self._parser.parse(said, model.output_shape), operation)  # type: ignore[arg-type]
         return answer.headers, data
+
+
+def sign(
+    method: str, url: str, headers: dict[str, str], credentials: Any, region: str, now: str = ""
+) -> None:
+    """Add what signs a request, by version 4 of AWS's signatures, to its headers.
+
+    They have to have `x-amz-content-sha256`; the URL's path and query have to be quoted as S3 does
+    it, and the query's fields to be sorted. `now`: like 20260131T235959Z.
+    """
+    parts = urlsplit(url)
+    now = now or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    headers["x-amz-date"] = now
+    if credentials.token:
+        headers["x-amz-security-token"] = credentials.token
+    # No others: a proxy may change them.
+    signed = {name: " ".join(value.split()) for name, value in headers.items() if name.startswith("x-amz-")}  # fmt: skip
+    signed["host"] = parts.netloc.removesuffix(DEFAULT_PORTS[parts.scheme])
+    names = sorted(signed)
+    listed = ";".join(names)
+    request = "\n".join(
+        [
+            method,
+            parts.path,
+            parts.query,
+            *(f"{name}:{signed[name]}" for name in names),
+            "",
+            listed,
+            signed["x-amz-content-sha256"],
+        ]
+    )
+    scope = f"{now[:8]}/{region}/s3/aws4_request"
+    text = f"AWS4-HMAC-SHA256\n{now}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
+    key = signing_key(credentials.secret_key, now[:8], region)
+    signature = hmac.digest(key, text.encode(), "sha256").hex()
+    headers["Authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, "
+        f"SignedHeaders={listed}, Signature={signature}"
+    )
+
+
+@lru_cache(maxsize=8)
+def signing_key(secret: str, day: str, region: str) -> bytes:
+    key = f"AWS4{secret}".encode()
+    for text in (day, region, "s3", "aws4_request"):
+        key = hmac.digest(key, text.encode(), "sha256")
+    return key
 
 
 def send_unasked(params: dict[str, Any], **rest: Any) -> None:
@@ -130,20 +189,23 @@ def hurry(raw: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, 1)
 
 
-def read_into(body: Any, buffer: memoryview) -> Iterator[memoryview]:
-    """What boto3's body of an answer has, in pieces that are good until the next one is asked for.
+def read_into(body: Any, buffer: memoryview) -> int:
+    """Fill the buffer with what comes next of boto3's body of an answer; 0 at its end.
 
     Straight from the socket into the buffer: boto3 and urllib3 would copy each byte twice more. An
     answer that breaks off ends as one that is complete: who reads has to count.
     """
-    raw = body._raw_stream
     try:
-        while count := raw._fp.readinto(buffer):
-            yield buffer[:count]
+        count: int = body._raw_stream._fp.readinto(buffer)
     except HTTPException:
-        return
-    finally:
-        if raw._fp.isclosed():
-            raw.release_conn()
-        else:
-            raw.close()
+        return 0
+    return count
+
+
+def end_reading(body: Any) -> None:
+    """Give the connection back for the next request, where all of the answer was read."""
+    raw = body._raw_stream
+    if raw._fp.isclosed():
+        raw.release_conn()
+    else:
+        raw.close()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
 import os
 import threading
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,14 +14,17 @@ from typing import IO, Any
 
 from jobs.errors import ServiceError
 from jobs.store.base import Advance, Entry
-from jobs.store.local import PARTIAL, disk_error
+from jobs.store.local import PARTIAL, disk_error, reserve
 from jobs.store.pieces import Step
 from jobs.store.retry import Again, Retries
 from jobs.store.s3.client import Client
-from jobs.store.s3.direct import UNASKED, hurry, read_into
+from jobs.store.s3.direct import UNASKED, end_reading, hurry, read_into
+from jobs.store.s3.in_order import PIECE, InOrder, hashed_so_far
 from jobs.store.s3.upload import SHA256, part_size
 
-BUFFER = 1 << 20
+# Parts that one request asks for. Each request costs the server a search for what it is about; but
+# with many streams, what lies ahead of the hash is lost where the process ends.
+PARTS_A_REQUEST = 8
 
 
 class Damaged(Exception):
@@ -32,8 +34,8 @@ class Damaged(Exception):
 class Download:
     """Brings one object. `steps` may run on several threads; the last to end makes it visible.
 
-    Beside the unfinished file stands a list of its parts that are there, each with its CRC-32, so
-    that only what is known to be whole is gone on with.
+    It is hashed while it arrives. Beside the unfinished file stands a list of how far that came, with
+    the sha256 of all before it, so that only what is known to be whole is gone on with.
     """
 
     def __init__(
@@ -53,11 +55,8 @@ class Download:
         self.list = target.with_name(f"{PARTIAL}{target.name}.parts")
         self._lock = threading.Lock()
         self._sha256: str | None = None
-        self._done: set[int] = set()  # parts that are on this disk
-        self._left = 0
-        self._hash = hashlib.sha256()
-        self._hashed = 0  # parts, from the first on, that `_hash` has seen
-        self._hashing = False
+        self._left = 0  # requests
+        self._hash: InOrder | None = None
         self._file: IO[bytes] | None = None
         self._journal: IO[str] | None = None
 
@@ -72,12 +71,24 @@ class Download:
         if self.size <= part_size(self.size):
             yield self._get_whole
             return
-        numbers = self._begin()
-        self._left = len(numbers)
-        if not numbers:
+        at = self._begin()
+        each = PARTS_A_REQUEST * part_size(self.size)
+        starts = range(at, self.size, each)
+        self._left = len(starts)
+        if not starts:
             yield self._check_and_finish
-        for number in numbers:
-            yield partial(self._get_part, number)
+        for start in starts:
+            yield partial(self._get_parts, start, min(start + each, self.size))
+
+    def close(self) -> None:
+        """For one that did not end: what is there stays, to be gone on with."""
+        hash, self._hash = self._hash, None  # with its buffers
+        if hash:
+            hash.close()
+        for file in (self._file, self._journal):
+            if file:
+                with contextlib.suppress(OSError):  # a full disk, which has been told of
+                    file.close()
 
     def _get_whole(self) -> None:
         def get() -> bytes:
@@ -121,117 +132,84 @@ class Download:
         known = self.client.judge(self.what)
 
         def judge(error: BaseException) -> Any:
-            return Again("what arrived was damaged") if isinstance(error, Damaged) else known(error)
+            if isinstance(error, Damaged):
+                return Again(str(error) or "what arrived was damaged")
+            return known(error)
 
         return self.retries.call(self.what, do, judge)
 
     # --- parts
 
-    def _begin(self) -> list[int]:
-        """The parts that are still to be fetched; opens the unfinished file."""
-        each = part_size(self.size)
-        numbers = range(-(-self.size // each))
+    def _begin(self) -> int:
+        """Open the unfinished file; returns how far it is whole."""
         try:
-            there = self._there()
-            if not there:
-                self.partial.unlink(missing_ok=True)
-                self.list.unlink(missing_ok=True)
-            self._file = self.partial.open("r+b" if there else "w+b")
-            os.truncate(self._file.fileno(), self.size)
-            self._journal = self.list.open("a", encoding="utf-8", buffering=1)
-            if not there:
-                self._journal.write(json.dumps(self._about()) + "\n")
+            lines = self._list()
+            self._file = self.partial.open("r+b" if lines else "w+b")
+            descriptor = self._file.fileno()
+            at, hash = hashed_so_far(descriptor, lines)
+            reserve(descriptor, self.size)
+            self._journal = self.list.open("w", encoding="utf-8", buffering=1)
+            self._journal.write(json.dumps(self._about()) + "\n")
+            for place, said in lines:
+                if place <= at:
+                    self._journal.write(f"{place} {said}\n")
         except OSError as error:
             raise disk_error(error, self.target) from None
-        self._done = there
-        for number in sorted(there):
-            self.advance(self._range(number)[1])
-        return [number for number in numbers if number not in there]
+        self._hash = InOrder(descriptor, self.size, at, hash, part_size(self.size), self._reached)
+        self.advance(at)
+        return at
 
     def _about(self) -> dict[str, Any]:
         return {"etag": self.etag, "size": self.size, "part": part_size(self.size)}
 
-    def _there(self) -> set[int]:
-        """The parts that an earlier try has fetched of this very object, by their checksums."""
+    def _list(self) -> list[tuple[int, str]]:
+        """What an earlier try has noted of this very object."""
+        found: list[tuple[int, str]] = []
+        if not self.partial.exists():
+            return found
         try:
             lines = self.list.read_text("utf-8").splitlines()
             if not lines or json.loads(lines[0]) != self._about():
-                return set()
-            found = set()
-            with self.partial.open("rb") as file:
-                for line in lines[1:]:
-                    number, crc = map(int, line.split())
-                    start, length = self._range(number)
-                    file.seek(start)
-                    if zlib.crc32(file.read(length)) == crc:
-                        found.add(number)
-            return found
-        except (OSError, ValueError):
-            return set()
+                return found
+            for line in lines[1:]:
+                place, said = line.split()
+                found.append((int(place), said))
+        except (OSError, ValueError):  # the last line may be half of one
+            pass
+        return found
 
-    def _range(self, number: int) -> tuple[int, int]:
-        each = part_size(self.size)
-        return number * each, min(each, self.size - number * each)
-
-    def _get_part(self, number: int) -> None:
-        start, length = self._range(number)
-        assert self._file is not None
+    def _reached(self, place: int, said: str) -> None:
         assert self._journal is not None
-        descriptor = self._file.fileno()
+        self._journal.write(f"{place} {said}\n")
 
-        def get() -> int:
-            body = self._get(Range=f"bytes={start}-{start + length - 1}")["Body"]
-            at, crc = start, 0
-            buffer = memoryview(bytearray(BUFFER))
-            for chunk in read_into(body, buffer):
-                if at + len(chunk) > start + length:
-                    raise Damaged
-                self._write(descriptor, chunk, at)
-                at, crc = at + len(chunk), zlib.crc32(chunk, crc)
-            if at != start + length:
-                raise Damaged
-            return crc
+    def _get_parts(self, start: int, end: int) -> None:
+        """Some parts that follow each other, with one request; another goes on where one broke off."""
+        assert self._file is not None
+        assert self._hash is not None
+        descriptor, hash = self._file.fileno(), self._hash
+        at, buffer = start, memoryview(bytearray(PIECE))
 
-        crc = self._tried(get)
-        with self._lock:
-            self._journal.write(f"{number} {crc}\n")
-            self._done.add(number)
-        self._hash_on()
+        def get() -> None:
+            nonlocal at, buffer
+            body = self._get(Range=f"bytes={at}-{end - 1}")["Body"]
+            try:
+                while count := read_into(body, buffer):
+                    if at + count > end:
+                        raise Damaged
+                    self._write(descriptor, buffer[:count], at)
+                    buffer, at = hash.wrote(at, count, buffer), at + count
+                    self.advance(count)
+            finally:
+                end_reading(body)
+            if at != end:
+                raise Damaged("the answer broke off")
+
+        self._tried(get)
         with self._lock:
             self._left -= 1
             last = not self._left
-        self.advance(length)
         if last:
             self._finish()
-
-    def _hash_on(self) -> None:
-        """Hash what is there without a gap, while other threads fetch: then little is left for the end.
-
-        It is read from the disk's cache, as what is to be hashed is what was written. One thread at a
-        time; another that comes meanwhile has its part seen to by the one that is at it.
-        """
-        assert self._file is not None
-        with self._lock:
-            if self._hashing or self._sha256 is None:
-                return
-            self._hashing = True
-        buffer = memoryview(bytearray(BUFFER))
-        try:
-            while True:
-                with self._lock:
-                    if self._hashed not in self._done:
-                        self._hashing = False
-                        return
-                at, left = self._range(self._hashed)
-                while left:
-                    count = os.preadv(self._file.fileno(), [buffer[:left]], at)
-                    if not count:
-                        raise OSError(errno.EIO, "the file became shorter")
-                    self._hash.update(buffer[:count])
-                    at, left = at + count, left - count
-                self._hashed += 1
-        except OSError as error:
-            raise disk_error(error, self.target) from None
 
     def _write(self, descriptor: int, chunk: memoryview, at: int) -> None:
         try:
@@ -253,12 +231,13 @@ class Download:
         self._sha256 = said["Metadata"].get(SHA256)
 
     def _finish(self) -> None:
-        assert self._file is not None
-        assert self._journal is not None
-        self._hash_on()
-        self._file.close()
-        self._journal.close()
-        if self._sha256 and self._hash.hexdigest() != self._sha256:
+        assert self._hash is not None
+        try:
+            digest = self._hash.digest()
+        except OSError as error:
+            raise disk_error(error, self.target) from None
+        self.close()
+        if self._sha256 and digest != self._sha256:
             self.partial.unlink()
             self.list.unlink()
             raise ServiceError(

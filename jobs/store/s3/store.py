@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,16 +13,12 @@ from jobs.errors import AccessError
 from jobs.spec import S3, S3Options
 from jobs.store.base import Advance, Entry
 from jobs.store.hashing import FileEntry, sha256_of
-from jobs.store.pieces import Step, run_steps
+from jobs.store.pieces import Pace, Step, run_steps
 from jobs.store.places import S3Place
 from jobs.store.retry import Retries
 from jobs.store.s3.client import THREADS, Client, code_of
 from jobs.store.s3.download import Download
 from jobs.store.s3.upload import SHA256, Upload, part_size
-
-# Parts that are fetched at a time. To write and hash them takes processors: with many more threads
-# than those, they only wait for each other (a quarter of the throughput was lost on two cores).
-FETCHED_AT_ONCE = min(THREADS, 2 * len(os.sched_getaffinity(0)))
 
 
 class S3Store:
@@ -60,16 +55,32 @@ class S3Store:
         )
 
     def fetch(self, entries: Sequence[Entry], folder: Path, advance: Advance) -> None:
-        def steps(entries: Sequence[Entry]) -> Iterator[Step]:
-            for entry in entries:
-                key, target = self.prefix + entry.key, folder / entry.key
-                download = Download(self.client, self.retries, key, entry, target, advance)
-                yield from download.steps()
-
         ordered = sorted(entries, key=lambda entry: -entry.size)
         in_parts = [entry for entry in ordered if entry.size > part_size(entry.size)]
-        run_steps(steps(in_parts), FETCHED_AT_ONCE)
-        run_steps(steps(ordered[len(in_parts) :]), THREADS)
+        begun: list[Download] = []
+        pace = Pace()
+
+        def counted(count: int) -> None:
+            pace.add(count)
+            advance(count)
+
+        def steps(entries: Sequence[Entry], tell: Advance) -> Iterator[Step]:
+            for entry in entries:
+                key, target = self.prefix + entry.key, folder / entry.key
+                download = Download(self.client, self.retries, key, entry, target, tell)
+                begun.append(download)
+                yield from download.steps()
+
+        try:
+            run_steps(steps(in_parts, counted), THREADS, pace)
+        except Exception:
+            # Not for a stop, which leaves threads behind: they would write to what has been closed,
+            # or to another file that has its descriptor by then.
+            for download in begun:
+                download.close()
+            raise
+        begun.clear()
+        run_steps(steps(ordered[len(in_parts) :], advance), THREADS)
 
     def held(self, files: Sequence[FileEntry]) -> set[str]:
         there = {entry.key: entry.size for entry in self.entries()}

@@ -28,7 +28,8 @@ HEADERS = {
     "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
     "StorageClass": "x-amz-storage-class",
 }
-PART = 8 << 20  # bytes of a part; with THREADS of them in memory, uploads stay well below 100 MB
+Data = bytes | memoryview
+PART = 8 << 20  # bytes of a part; each of THREADS has one in memory
 MOST_PARTS = 10_000  # S3's limit
 
 
@@ -83,14 +84,18 @@ class Upload:
             self.client.judge(self.what),
         )
 
-    def _read(self, start: int, length: int) -> bytes:
+    def _read(self, start: int, length: int) -> memoryview:
+        """Some bytes of the file, good until this thread reads the next."""
+        data = buffer_of(length)
         try:
-            with self.path.open("rb") as file:
+            with self.path.open("rb", buffering=0) as file:
                 file.seek(start)
-                data = file.read(length)
+                count = file.readinto(data)
+                while count and count < length and (more := file.readinto(data[count:])):
+                    count += more
         except OSError as error:
             raise disk_error(error, self.path) from None
-        if len(data) != length:
+        if count != length:
             raise disk_error(FileNotFoundError(2, "cut short", str(self.path)), self.path)
         return data
 
@@ -99,7 +104,7 @@ class Upload:
         self.retries.call(self.what, lambda: self._put(data), self.client.judge(self.what))
         self.advance(self.size)
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: Data) -> None:
         direct = self.client.direct
         if direct.ready and len(data) <= UNASKED and not self.md5:
             extra = {HEADERS[name]: value for name, value in self.extra.items()}
@@ -108,18 +113,18 @@ class Upload:
             return
         with direct.learning(self.key):
             self.client.s3.put_object(
-                Bucket=self.client.bucket, Key=self.key, Body=data,
+                Bucket=self.client.bucket, Key=self.key, Body=bytes(data),
                 Metadata={SHA256: self.sha256}, **self._check(data), **self.extra,  # type: ignore[arg-type]
             )  # fmt: skip
 
-    def _check(self, data: bytes) -> dict[str, str]:
+    def _check(self, data: Data) -> dict[str, str]:
         """The checksum by which the server notices what was damaged on the way."""
         if self.md5:
             return {"ContentMD5": base64.b64encode(_md5(data).digest()).decode()}
         # Ceph checks it only where the algorithm is named, too.
         return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": _crc32(data)} if self.crc else {}
 
-    def _check_headers(self, data: bytes) -> dict[str, str]:
+    def _check_headers(self, data: Data) -> dict[str, str]:
         """The same, as `Direct` wants it."""
         if not self.crc:
             return {}
@@ -143,12 +148,14 @@ class Upload:
         return list(range(1, count + 1))
 
     def _create(self) -> None:
-        made = self._call(
-            "create_multipart_upload",
-            Metadata={SHA256: self.sha256},
-            **({"ChecksumAlgorithm": "CRC32"} if self.crc else {}),
-            **self.extra,
-        )
+        # Every part goes the quicker way then, also the first ones.
+        with self.client.direct.learning(self.key):
+            made = self._call(
+                "create_multipart_upload",
+                Metadata={SHA256: self.sha256},
+                **({"ChecksumAlgorithm": "CRC32"} if self.crc else {}),
+                **self.extra,
+            )
         self._id = made["UploadId"]
 
     def _abort(self, upload_id: str) -> None:
@@ -207,7 +214,7 @@ class Upload:
         start = (number - 1) * each
         return start, min(each, self.size - start)
 
-    def _named(self, number: int, etag: str, data: bytes) -> dict[str, Any]:
+    def _named(self, number: int, etag: str, data: Data) -> dict[str, Any]:
         check = {"ChecksumCRC32": _crc32(data)} if self.crc else {}
         return {"PartNumber": number, "ETag": etag, **check}
 
@@ -225,7 +232,7 @@ class Upload:
         if last:
             self._finish()
 
-    def _send_part(self, number: int, data: bytes) -> str:
+    def _send_part(self, number: int, data: Data) -> str:
         """The part's ETag."""
         direct = self.client.direct
         if direct.ready and not self.md5:
@@ -235,7 +242,7 @@ class Upload:
         with direct.learning(self.key):
             sent = self.client.s3.upload_part(
                 Bucket=self.client.bucket, Key=self.key, UploadId=self._id, PartNumber=number,
-                Body=data, **self._check(data),  # type: ignore[arg-type]
+                Body=bytes(data), **self._check(data),  # type: ignore[arg-type]
             )  # fmt: skip
         return sent["ETag"]
 
@@ -279,9 +286,21 @@ class Upload:
         )
 
 
-def _crc32(data: bytes) -> str:
+# One for each thread: memory that is given back and taken again costs more than to fill it.
+_buffers = threading.local()
+
+
+def buffer_of(length: int) -> memoryview:
+    """This thread's buffer, which the next call takes again."""
+    buffer: bytearray | None = getattr(_buffers, "kept", None)
+    if buffer is None or len(buffer) < length:
+        buffer = _buffers.kept = bytearray(length)
+    return memoryview(buffer)[:length]
+
+
+def _crc32(data: Data) -> str:
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
-def _md5(data: bytes) -> Any:
+def _md5(data: Data) -> Any:
     return hashlib.md5(data, usedforsecurity=False)
