@@ -233,6 +233,7 @@ _TERMINAL = {
     "stage_done": "  [green]done[/green]     {stage:<8} {seconds:6.1f} s  {note}",
     "stage_skipped": "  [dim]as before {stage:<8}           {note}[/dim]",
     "already_published": "  [green]nothing to do[/green]: the same run has published everything to {where}",
+    "gpu": "  [dim]{text}[/dim]",
     "library_warning": "  [dim]{source}: {text}[/dim]",
     "warning": "  [yellow]warning[/yellow]  {text}",
     "publish_failed": "  [red]failed[/red]   publishing to {target}: {error}",

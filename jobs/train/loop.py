@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jobs.train.batches import PadBatch, StepBatch
 from jobs.train.checkpoints import MARKER, PREFIX, Checkpoints
 from jobs.train.engine_transformers import load_hf_tokenizer, quantized_modules, train_in_float32
 from jobs.train.engines import engine
+from jobs.train.figures import gpu_figures, in_words
 from jobs.train.fit import Plan, is_out_of_memory, whole
 from jobs.train.isolation import choose_collate
 from jobs.train.loss import evaluate, on_device, trained_logits
@@ -77,6 +79,7 @@ def train(
     left = memory_for_training(spec) if device == "cuda" else 0
     base_model = engine().load(base, spec.model, device)
     in_4bit = quantized_modules(base_model)
+    weights = base_model.num_parameters()  # knows how many stand in a byte
     unpacked = device == "cuda" and unpack_if_there_is_room(base_model, spec, lengths, left)
     model = engine().add_lora(base_model, spec, base)
     collate = choose_collate(model, spec, tokenizer, device, observer)
@@ -119,7 +122,11 @@ def train(
             progress.eval_loss_before = round(
                 evaluate(model, trainer.eval_batches(), trainer.args.device, stop.check)[0], 6
             )
+    gc.collect()
+    gc.freeze()  # the model, too: a full collection takes a third of a second, and came every few steps
+    started = time.monotonic()
     trainer = _run(trainer, trainer_of, found, train_rows, lengths, tried=device == "cuda")
+    seconds = time.monotonic() - started
     if eval_rows and not progress.evaluated(trainer.state.global_step):
         trainer.evaluate()
     model.eval()
@@ -132,14 +139,20 @@ def train(
     losses = [entry["loss"] for entry in progress.history if "loss" in entry]
     evals = [entry["eval_loss"] for entry in progress.history if "eval_loss" in entry]
     speeds = [e["tokens_per_second"] for e in progress.history if "tokens_per_second" in e]
+    speed = speeds[-1] if speeds else None
+    gpu = None
+    if device == "cuda":
+        gpu = gpu_figures(weights, speed, seconds)
+        observer.event("gpu", text=in_words(gpu), **gpu)
     return {
         "steps": trainer.state.global_step,
         "train_loss": round(sum(losses) / len(losses), 6),
         "eval_loss_before": progress.eval_loss_before,
         "eval_loss": evals[-1] if evals else None,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "tokens_per_second": speeds[-1] if speeds else None,
+        "tokens_per_second": speed,
         "device": device,
+        "gpu": gpu,
         "plan": progress.plan.as_json() | {"unpacked": unpacked},
         "quantized_modules": in_4bit,
         "history": progress.history,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 from transformers import TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -25,7 +26,7 @@ from jobs.train.rows import lengths_of
 
 Base: Any = engine().TRAINER
 
-# The names of transformers. On a device without paging (a CPU) the paged ones do not page.
+# The names of transformers: without a GPU the paged ones do not page.
 OPTIMIZERS = {
     "adamw": "adamw_torch",
     "adamw_8bit": "adamw_8bit",
@@ -129,6 +130,19 @@ class ByLength(LengthGroupedSampler):  # type: ignore[misc]
         self.generator.manual_seed(self._seed + epoch)
 
 
+def optimizer_of(wanted: str, device: str) -> str:
+    """transformers' name of the optimizer, made to launch as little as it can on a GPU.
+
+    bitsandbytes waits for the GPU after each tensor, and LoRA has hundreds: tens of milliseconds a
+    step. All of it is on one stream, so only what is paged has something to wait for.
+    """
+    if device == "cuda" and wanted == "adamw":
+        return "adamw_torch_fused"
+    if device == "cuda" and not wanted.startswith("paged"):
+        bitsandbytes.optim.optimizer.sync_gpu = lambda tensor: None
+    return OPTIMIZERS[wanted]
+
+
 def arguments_of(train: Train, folder: Path, rows: int, evaluates: bool, device: str) -> Any:
     steps = train.max_steps or max(1, math.ceil(rows / train.batch_size * train.epochs))
     warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
@@ -146,7 +160,7 @@ def arguments_of(train: Train, folder: Path, rows: int, evaluates: bool, device:
         else "constant_with_warmup",
         warmup_steps=int(warmup),
         weight_decay=train.weight_decay,
-        optim=OPTIMIZERS[train.optimizer],
+        optim=optimizer_of(train.optimizer, device),
         max_grad_norm=train.max_grad_norm,
         # By steps also where it is once per epoch: so it comes before the checkpoint of its step.
         eval_strategy="steps" if evaluates else "no",
