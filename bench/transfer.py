@@ -156,6 +156,21 @@ def minio(way: str, folder: Path, prefix: str) -> Work:
     return up if way == "up" else down
 
 
+def minio_checked(way: str, folder: Path, prefix: str) -> Work:
+    """minio-py with what it leaves out, and a run's manifest needs: the sha256 of what has come."""
+    move = minio(way, folder, prefix)
+
+    def digest(path: Path) -> None:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+
+    def down() -> None:
+        move()
+        in_threads(digest, files_below(folder))
+
+    return move if way == "up" else down
+
+
 def obstore(way: str, folder: Path, prefix: str) -> Work:
     import obstore as obs  # type: ignore[import-not-found]
     from obstore.store import S3Store  # type: ignore[import-not-found]
@@ -187,14 +202,16 @@ def obstore(way: str, folder: Path, prefix: str) -> Work:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "ours": ours, "aws": aws, "boto3": boto3, "minio": minio, "s3fs": s3fs, "obstore": obstore,
+    "ours": ours, "aws": aws, "boto3": boto3, "minio": minio,
+    "minio-checked": minio_checked, "s3fs": s3fs, "obstore": obstore,
 }  # fmt: skip
-PACKAGES = {"aws": "awscli"}  # where it is not the contender's own name
+PACKAGES = {"aws": "awscli", "minio-checked": "minio"}  # where it is not the contender's own name
 TITLES = {
     "ours": "**`jobs.store.s3`**",
     "aws": "`aws s3 cp --recursive`",
     "boto3": "boto3, `upload_file`, `download_file`",
     "minio": "minio-py, `fput_object`, `fget_object`",
+    "minio-checked": "minio-py, then `hashlib` over what came",
     "s3fs": "s3fs, `put`, `get`",
     "obstore": "obstore, `put`, `get` (Rust; not Python)",
 }
@@ -212,6 +229,7 @@ DOES = {
         "no",
     ),
     "minio": ("sha256 by the signature", "no", "downloads, where its temporary file is there"),
+    "minio-checked": ("sha256 by the signature", "sha256 of every file", "as minio-py's"),
     "s3fs": ("sha256 by the signature; CRC-32", "no", "no"),
     "obstore": ("sha256 by the signature", "no", "no"),
 }
