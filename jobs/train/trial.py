@@ -13,7 +13,7 @@ from jobs.train.engines import engine, engine_name
 from jobs.train.fit import Plan, find_plan, whole
 from jobs.train.memory import GIB, holds_unpacked, reckon
 from jobs.train.memory import unpacked as as_unpacked
-from jobs.train.shape import read_shape
+from jobs.train.shape import Shape, read_shape
 from jobs.train.trainer import Trainer
 from jobs.train.unpack import unpack
 
@@ -65,7 +65,7 @@ def memory_for_training(spec: Spec) -> int:
 
 def unpack_if_there_is_room(model: Any, spec: Spec, lengths: list[int], left: int) -> bool:
     """Hold a 4-bit base unpacked, where the GPU has room for that and everything else."""
-    shape = read_shape(model.config.to_dict())
+    shape = _shape_of(model)
     most, longest = whole(lengths, spec.train.batch_size), max(lengths)
     name = engine_name()
     if shape is None or not holds_unpacked(shape, spec, most, longest, left, name, left):
@@ -88,7 +88,7 @@ def fit(
         try_part(trainer, rows, lengths, plan.tokens)
         return int(torch.cuda.max_memory_allocated()) + states
 
-    shape = read_shape(model.config.to_dict())
+    shape = _shape_of(model)
     reckoned = None
     if shape:
         held = as_unpacked(spec) if unpacked else spec
@@ -100,6 +100,12 @@ def fit(
     plan = find_plan(whole(lengths, spec.train.batch_size), max(lengths), left, peak, reckoned)
     free_memory()
     return plan
+
+
+def _shape_of(model: Any) -> Shape | None:
+    """The shape that memory is reckoned from; None where a part's attention costs its square."""
+    shape = read_shape(model.config.to_dict())
+    return shape if shape and not shape.softcapped else None
 
 
 def free_memory() -> None:
