@@ -259,8 +259,9 @@ def _any_case(word: str) -> str:
 
 _SPACE = r"(?:\s|%20|\+)"
 _GAP = r"(?:[ \t]|%20|\+){0,4}"  # never to the next line
-_QUOTE = r"""(?:["'\\]{1,4}|%22|%27|&quot;)"""
+_QUOTE = r"""(?:(?:\\{0,3}["']){1,2}|%22|%27|&quot;)"""
 _IS = rf"{_QUOTE}?{_GAP}(?:=|:|>|%3D|%3A){_GAP}b?{_QUOTE}?"
+_ESCAPED = r"(?:\\u[0-9a-fA-F]{4}|\\[bfnrt/\\])"  # in JSON's strings
 _END = r"""\s"'\\,;&<>(){}\[\]"""  # ends a value without quotes
 _SLASHES = r"(?:\\?/|%2[Ff]){2}"
 _SIGNED = (
@@ -339,7 +340,7 @@ _NAMED = re.compile(
         [
             rf"{_NAME}{_QUOTE}?{_GAP}(?:"
             rf"(?:=|>|%3D){_GAP}b?(){_NOTHING}[^{_END}]{{4,}}"
-            rf"""|(?:=|:|,|%3D|%3A){_GAP}b?{_QUOTE}(){_NOTHING}[^"'\\\r\n]{{4,}}"""
+            rf"""|(?:=|:|,|%3D|%3A){_GAP}b?{_QUOTE}(){_NOTHING}(?:[^"'\\\r\n]{{4,}}|{_ESCAPED}+)(?:[^"'\\\r\n]|{_ESCAPED})*"""
             rf"|(?::|%3A){_GAP}(){_NOTHING}{_RANDOM}[^{_END}]{{6,}})",
             rf"{_WEAK}{_QUOTE}?{_GAP}(?:(?:=|%3D){_GAP}|(?::|%3A){_GAP}(?!{_QUOTE}?[0-9a-f]+(?![\w.~+/%=-])))"
             rf"b?{_QUOTE}?(){_RANDOM}[\w.~+/%=-]{{16,}}",
