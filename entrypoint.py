@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """The image's entrypoint: `python entrypoint.py [run|check|schema|...]`, see `--help`.
 
-Only the version check lives here, in words that any Python understands.
+Only what comes before all imports lives here: the version check, in words that any Python
+understands, and hearing SIGTERM.
 """
 
+import os
+import signal
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - this is what it is for
@@ -14,7 +17,18 @@ if sys.version_info < (3, 11):  # noqa: UP036 - this is what it is for
     )
     sys.exit(4)
 
-from jobs.cli import main
+
+def _stop(number, frame):  # type: ignore[no-untyped-def] # any Python understands it
+    os.write(2, b"lorajob: stopped by SIGTERM before it had begun\n")
+    os._exit(128 + number)
+
+
+# A container's first process does not hear signals that it has no handler for. A run has its own,
+# once it is imported; until then, and in other commands, there is nothing to keep.
+if os.getpid() == 1:
+    signal.signal(signal.SIGTERM, _stop)
+
+from jobs.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())
