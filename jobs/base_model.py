@@ -248,7 +248,8 @@ def copy_tokenizer(base: Path, tokenizer: ChatTokenizer, target: Path) -> None:
             config.pop("chat_template", None)  # chat_template.jinja says it
             for name, token in (("eos_token", tokenizer.eos_id), ("pad_token", tokenizer.pad_id)):
                 text = tokenizer.backend.id_to_token(token)
-                if tokenizer.special_tokens.get(name) != text:
+                # A token that stands for text, named here, would be split from its neighbours.
+                if tokenizer.special_tokens.get(name) != text and tokenizer.is_special(token):
                     config[name] = text
             if config != before:
                 write_json(config_path, config)

@@ -11,6 +11,7 @@ from jobs.base_model import BaseModel, open_base
 from jobs.data.origins import Origins, find_origins
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DoesNotFitError, in_field
+from jobs.export.gguf import COMPARED_ROWS, PREDICTIONS_BYTES
 from jobs.export.llama.build import find_tools, require_compiler
 from jobs.spec import Spec
 from jobs.store.base import KeyStore, Store
@@ -26,7 +27,9 @@ from jobs.train.shape import read_shape
 GGUF_BITS = {
     "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.8, "q5_k_s": 5.6,
     "q5_0": 5.6, "q5_1": 6.0, "q4_k_m": 5.0, "q4_k_s": 4.7, "q4_0": 4.7, "q4_1": 5.1,
-    "q3_k_l": 4.4, "q3_k_m": 4.0, "q3_k_s": 3.6, "q2_k": 3.4,
+    "q3_k_l": 4.4, "q3_k_m": 4.0, "q3_k_s": 3.6, "q2_k": 3.4, "q2_k_s": 3.2, "iq4_nl": 4.7,
+    "iq4_xs": 4.5, "iq3_m": 3.9, "iq3_s": 3.8, "iq3_xs": 3.7, "iq3_xxs": 3.4, "iq2_m": 3.1,
+    "iq2_s": 2.9, "iq2_xs": 2.8, "iq2_xxs": 2.6, "iq1_m": 2.4, "iq1_s": 2.2,
 }  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
     files = TokenizerFiles(base.folder, spec.model.chat_template, spec.model.template_date)
     tokenizer = files.load()
     origins = find_origins(spec.data, connections)
-    if spec.export.gguf and find_tools() is None:
+    if spec.export.needs_llama_cpp and find_tools() is None:
         require_compiler()
     LocalStore(folder).prove_writable(keep=True)
     for store in targets:
@@ -106,8 +109,15 @@ def run_bytes(spec: Spec, base: BaseModel) -> int:
     if shape := read_shape(base.config):
         # One more is written before the oldest is removed; the adapter is less than another.
         need = max(need, (spec.checkpoints.keep + 2) * checkpoint_bytes(shape, spec))
-    if spec.export.gguf:
-        need += weights  # the unquantized GGUF, while the others are made from it
+    if spec.export.needs_llama_cpp:
+        tokens = COMPARED_ROWS * spec.model.max_seq_length
+        need += min(PREDICTIONS_BYTES, 4 * tokens * int(base.config.get("vocab_size") or 2**18))
+        if not {"bf16", "f16"} & set(spec.export.gguf):
+            need += weights  # the unquantized GGUF, while the others are made from it
+        limit = spec.export.gguf_max_gib
+        sizes = [weights * GGUF_BITS[kind] / 16 for kind in spec.export.gguf]
+        if limit:  # one file at a time is there whole and in pieces
+            need += max((size for size in sizes if size > limit * 2**30), default=0)
     return int(need) + result_bytes(spec, base)
 
 

@@ -74,6 +74,11 @@ class ChatTokenizer:
         candidates = [self._id("pad_token"), *named, self._id("unk_token"), 0, 1, 2]
         return next(i for i in candidates if i is not None and i not in self.stop_ids)
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token stands for no text."""
+        found = self.backend.get_added_tokens_decoder().get(token)
+        return found is not None and bool(found.special)
+
     def _id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return self.backend.token_to_id(text) if text else None

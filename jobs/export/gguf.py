@@ -1,12 +1,47 @@
-"""GGUF files from the merged model: one conversion, then each type from it."""
+"""GGUF files from the merged model: one conversion, and every type made from it and measured.
+
+Each file is compared with the conversion as soon as it is written, so that the conversion, which is
+as large as the merged model, can go before anything else is done.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jobs.export.llama import client
 from jobs.observe.events import Observer
+
+WHOLE = ".whole.gguf"
+PREDICTIONS = ".predictions"
+COMPARED_ROWS = 32  # conversations whose loss is compared
+# Of the predictions for them, what is kept at most: 2,100 tokens' with a vocabulary of 128,000.
+PREDICTIONS_BYTES = 2**30
+
+# The importance matrix settles with a few ten thousand tokens.
+CHUNKS, CHUNK_TOKENS = 64, 512
+
+CONVERSION = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What goes beyond the types themselves; nothing of it has to be there."""
+
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    """input_ids and labels: what the types are compared on"""
+    tokens: list[int] = field(default_factory=list)
+    """of the training data, for the importance matrix"""
+    adapter: Path | None = None
+    """the adapter to make a GGUF file of, too"""
+    max_bytes: int | None = None
+    """a larger file is split"""
+    begins_with_bos: bool = True
+    """whether conversations do: llama.cpp must add no such token where training had none"""
 
 
 def file_name(name: str, kind: str) -> str:
@@ -14,21 +49,218 @@ def file_name(name: str, kind: str) -> str:
     return f"{name}-{kind.upper()}.gguf"
 
 
+def adapter_name(name: str) -> str:
+    return f"{name}-F16-LoRA.gguf"
+
+
+def imatrix_name(name: str) -> str:
+    return f"{name}-imatrix.gguf"
+
+
+def files_of(folder: Path, name: str, kind: str) -> list[Path]:
+    """The file of a type, or those that it was split into, in order; the first is what is loaded."""
+    path = folder / file_name(name, kind)
+    return [path] if path.is_file() else sorted(folder.glob(f"{path.stem}-?????-of-?????.gguf"))
+
+
 def make_gguf(
     name: str, merged: Path, kinds: list[str], out: Path, log: Path, tools: Path, threads: int,
-    observer: Observer,
+    observer: Observer, extras: Extras | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write one file for each type to `out`; returns their sizes in bytes."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    whole = out / ".whole.gguf"
-    sizes = {}
-    with observer.ticker("making GGUF", 1 + len(kinds)) as ticker:
-        client.convert(tools, merged, whole, log)
-        ticker.advance(note="converted")
-        for kind in kinds:
-            target = out / file_name(name, kind)
-            client.quantize(tools, whole, target, kind, threads, log)
-            sizes[kind] = target.stat().st_size
-            ticker.advance(note=kind)
-    whole.unlink()
-    return {"sizes": sizes}
+    """Write one file for each type to `out`.
+
+    Returns their sizes in bytes, how they compare with the conversion where there are rows to
+    compare on, and which types' tensors fell back to another type.
+    """
+    return _Making(name, merged, out, log, tools, threads, observer, extras or Extras()).make(kinds)
+
+
+@dataclass(frozen=True)
+class _Making:
+    name: str
+    merged: Path
+    out: Path
+    log: Path
+    tools: Path
+    threads: int
+    observer: Observer
+    extras: Extras
+
+    @property
+    def whole(self) -> Path:
+        return self.out / WHOLE
+
+    def make(self, kinds: list[str]) -> dict[str, Any]:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        config = json.loads((self.merged / "config.json").read_text("utf-8"))
+        precision = CONVERSION.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16")
+        extras = self.extras
+        result: dict[str, Any] = {"conversion": precision, "sizes": {}, "quality": {}, "fallen": {}}
+        # What the conversion is already is not made of it.
+        made = [kind for kind in kinds if kind != precision]
+        total = 1 + len(kinds) + bool(extras.tokens) + bool(extras.adapter)
+        with self.observer.ticker("making GGUF", total) as ticker:
+            self._convert(precision)
+            ticker.advance(note="converted")
+            if extras.tokens and made:
+                result["imatrix"] = self._imatrix()
+                ticker.advance(note="importance matrix")
+            if extras.rows:
+                result["reference"] = self._score(self.whole, write=self.out / PREDICTIONS)
+            if extras.adapter:
+                result["adapter"] = self._adapter(extras.adapter)
+                ticker.advance(note="adapter")
+            for kind in made:
+                self._quantize(kind, result)
+                ticker.advance(note=kind)
+            (self.out / PREDICTIONS).unlink(missing_ok=True)
+            if precision in kinds:
+                self._keep(precision, result)
+                ticker.advance(note=precision)
+        self.whole.unlink(missing_ok=True)
+        for text in fallen_warnings(result["fallen"]):
+            self.observer.event("warning", text=text)
+        return result
+
+    def _convert(self, precision: str) -> None:
+        begins = self.extras.begins_with_bos
+        with TemporaryDirectory(dir=self.out, prefix=".merged-") as name:
+            folder = Path(name)
+            for path in self.merged.iterdir():
+                (folder / path.name).symlink_to(path.resolve())
+            if not begins:
+                # Said nothing, llama.cpp puts one before every text where the vocabulary is
+                # SentencePiece's.
+                _add(folder / "tokenizer_config.json", {"add_bos_token": False})
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            if "n_positions" in config:  # the converter knows GPT-2's older name for it only
+                _add(folder / "config.json", {"n_ctx": config["n_positions"]})
+            client.convert(self.tools, folder, self.whole, precision, self.log, self.name)
+        client.settle_tokenizer(self.tools, self.whole, self.merged, begins, self.log)
+
+    def _quantize(self, kind: str, result: dict[str, Any]) -> None:
+        target = self.out / file_name(self.name, kind)
+        matrix = self.out / imatrix_name(self.name)
+        answer = client.quantize(
+            self.tools, self.whole, target, kind, self.threads, self.log,
+            matrix if matrix.is_file() else None,
+        )  # fmt: skip
+        if answer["fallen"]:
+            result["fallen"][kind] = {
+                "tensors": answer["fallen"],
+                "of": sum(answer["types"].values()),
+            }
+        result["sizes"][kind] = target.stat().st_size
+        if self.extras.rows:
+            result["quality"][kind] = self._score(target, against=self.out / PREDICTIONS)
+        self._split(target)
+
+    def _keep(self, precision: str, result: dict[str, Any]) -> None:
+        target = self.out / file_name(self.name, precision)
+        self.whole.rename(target)
+        result["sizes"][precision] = target.stat().st_size
+        if self.extras.rows:
+            itself = {"kl": 0.0, "same_top": 1.0}
+            result["quality"][precision] = {**result["reference"], **itself}
+        self._split(target)
+
+    def _split(self, path: Path) -> None:
+        limit = self.extras.max_bytes
+        if limit and path.stat().st_size > limit:
+            client.split(self.tools, path, limit, self.log)
+            path.unlink()
+
+    def _score(self, model: Path, **how: Any) -> dict[str, Any]:
+        rows = self.extras.rows
+        return client.score(
+            self.tools, self.log, model=str(model), rows=rows,
+            context=max(len(row["input_ids"]) for row in rows), threads=self.threads,
+            limit_bytes=PREDICTIONS_BYTES,
+            **{k: str(v) if isinstance(v, Path) else v for k, v in how.items()},
+        )  # fmt: skip
+
+    def _imatrix(self) -> dict[str, Any]:
+        target = self.out / imatrix_name(self.name)
+        tokens = self.extras.tokens
+        return client.imatrix(
+            self.tools, self.whole, tokens, CHUNK_TOKENS, target, self.threads, self.log
+        )
+
+    def _adapter(self, adapter: Path) -> dict[str, Any]:
+        """The adapter's file, and what the merged model's loss is with it taken off again: that of
+        the base, if the file is right. The base's own GGUF is not needed for that."""
+        target = self.out / adapter_name(self.name)
+        tensors = make_adapter_gguf(self.merged, adapter, target, self.tools, self.log)
+        result = {"size": target.stat().st_size, "tensors": tensors}
+        if self.extras.rows:
+            taken_off = self._score(self.whole, adapter=target, scale=-1.0)
+            result["loss_without"] = taken_off["loss"]
+        return result
+
+
+def _add(path: Path, fields: dict[str, Any]) -> None:
+    """Add what a linked JSON file does not say, in a file of its own in the link's place."""
+    said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps({**fields, **said}), "utf-8")
+
+
+def make_adapter_gguf(base: Path, adapter: Path, target: Path, tools: Path, log: Path) -> int:
+    """Write a peft adapter as GGUF; returns how many tensors it has. `base` is the base model's
+    folder, or any whose config.json is the same."""
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if config.get("use_rslora"):
+        # llama.cpp scales by alpha / rank, whatever the adapter says.
+        config.update(use_rslora=False, lora_alpha=config["lora_alpha"] * math.sqrt(config["r"]))
+    with TemporaryDirectory(dir=target.parent, prefix=".adapter-") as folder:
+        weights = "adapter_model.safetensors"
+        if config.get("fan_in_fan_out"):
+            _turn(base, adapter / weights, Path(folder) / weights)
+        else:
+            (Path(folder) / weights).symlink_to((adapter / weights).resolve())
+        (Path(folder) / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+        client.convert_adapter(tools, base, Path(folder), target, log)
+    return client.count_tensors(tools, target, log)
+
+
+def _turn(base: Path, source: Path, target: Path) -> None:
+    """Write the matrices so that their product lies as the base's weights do, where these are inputs x
+    outputs (GPT-2's): the converter turns both over."""
+    from safetensors.torch import load_file, save_file
+
+    from jobs.export.layout import layout_of
+
+    across = layout_of(base).across
+    tensors = load_file(source)
+    for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+        other = name.replace(".lora_A.", ".lora_B.")
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if f"{module}.weight" in across:
+            turned = tensors[other].T.contiguous(), tensors[name].T.contiguous()
+            tensors[name], tensors[other] = turned
+    save_file(tensors, target)
+
+
+def fallen_warnings(fallen: dict[str, Any]) -> list[str]:
+    """What a person should know about tensors that could not have the type that was asked for."""
+    texts = []
+    for kind, found in fallen.items():
+        types = sorted(set(found["tensors"].values()))
+        texts.append(
+            f"{kind}: {len(found['tensors'])} of {found['of']} tensors have rows that are no multiple "
+            f"of {client.block_of(kind)} and are {', '.join(types)} instead, so the file is larger "
+            f"than usual"
+        )
+    return texts
+
+
+def calibration(rows: Any) -> list[int]:
+    """Tokens of conversations from all over the training data, one after another as they were read."""
+    import numpy as np
+
+    tokens: list[int] = []
+    for index in np.random.default_rng(0).permutation(len(rows)):
+        tokens += rows[int(index)]["input_ids"]
+        if len(tokens) >= CHUNKS * CHUNK_TOKENS:
+            break
+    return tokens[: CHUNKS * CHUNK_TOKENS]

@@ -18,17 +18,15 @@ from torch.nn.functional import kl_div, log_softmax
 from jobs.base_model import weight_files
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.export.answers import Answer, Question, Said, ask, questions
-from jobs.export.gguf import file_name
-from jobs.export.llama import client
+from jobs.export.comparison import compared_rows, comparison, lossy_failures
+from jobs.export.gguf import adapter_name, file_name, files_of
 from jobs.export.merged_check import merged_failures, merged_weights
+from jobs.export.verify_gguf import GgufCheck, adapter_failures
 from jobs.observe.events import Observer
 from jobs.spec import Spec
 from jobs.train.batches import PadBatch
 from jobs.train.engine_transformers import load_model
 from jobs.train.loss import evaluate, trained_logits
-from jobs.train.rows import load_rows
-
-LOSS_ROWS = 32  # conversations whose loss is compared
 
 # The same weights on the same device give the same bits on a CPU. GPU kernels may sum in another
 # order, which in bfloat16 (8 bits of mantissa) moves a logit of size 30 by up to 0.125 a rounding.
@@ -68,15 +66,18 @@ class Paths:
 def verify(
     spec: Spec, paths: Paths, files: TokenizerFiles, conversations: list[Said],
     tools: Path | None, device: str, threads: int, observer: Observer | None,
+    made: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-    """Check everything that will be published.
+    """Check everything that will be published. `made` is what `make_gguf` returned.
 
     Returns losses and answers for the report, and every check that failed.
     """
     observer = observer or Observer("json", stream=io.StringIO())
     tokenizer = files.load()
     asked = questions(spec.verify, conversations)
-    batches = _batches(paths.data, tokenizer, spec.train.batch_size)
+    rows = compared_rows(paths.data)
+    batches = _batches(rows, tokenizer, spec.train.batch_size)
+    made = made or {"quality": {}}
     probe = load_file(paths.probe)
     limit = spec.verify.max_new_tokens
     dequantized = spec.export.into_dequantized(spec.model.load_in, spec.lora.loftq)
@@ -114,14 +115,22 @@ def verify(
             exact = spec.export.merged == "16bit" and (dequantized or spec.model.load_in == "16bit")
             failures += _merged_failures(subjects["merged"], exact)
             ticker.advance(note="merged")
-        for kind in spec.export.gguf:
+        if spec.export.gguf:
             assert paths.gguf is not None
             assert tools is not None
-            file = paths.gguf / file_name(spec.name, kind)
-            subject, found = _gguf(file, tools, tokenizer, batches, conversations, asked, limit, threads, paths.log)  # fmt: skip
-            subjects[kind] = subject
-            failures += [f"{file.name}: {text}" for text in found]
-            ticker.advance(note=kind)
+            check = GgufCheck(
+                tools, paths.log, threads, tokenizer, files.folder, conversations, asked, limit
+            )
+            for kind in spec.export.gguf:
+                subjects[kind], found = _gguf(check, paths.gguf, spec, kind, rows, made)
+                failures += [f"{file_name(spec.name, kind)}: {text}" for text in found]
+                ticker.advance(note=kind)
+        if spec.export.adapter_gguf and paths.gguf and "adapter" in made:
+            file = paths.gguf / adapter_name(spec.name)
+            with safe_open(paths.adapter / "adapter_model.safetensors", "pt") as opened:
+                trained = len(opened.keys())
+            losses = subjects["base"].loss, subjects["adapter"].loss
+            failures += adapter_failures(made["adapter"], file, *losses, trained)
     failures += _answer_failures(subjects, asked)
     failures += _loss_failures(subjects)
     result = {
@@ -130,19 +139,18 @@ def verify(
             name: {"loss": round(s.loss, 6), "answers": s.answers, **s.facts}
             for name, s in subjects.items()
         },
+        "gguf": comparison(made, subjects),
     }
     return result, failures
 
 
 def _batches(
-    data: Path, tokenizer: ChatTokenizer, batch_size: int
+    rows: list[dict[str, list[int]]], tokenizer: ChatTokenizer, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
-    rows: Any = load_rows(data / "eval.arrow") or load_rows(data / "train.arrow")
-    items = [dict(rows[i]) for i in range(min(LOSS_ROWS, len(rows)))]
     collate = PadBatch(tokenizer.pad_id)
     return [
-        collate(items[start : start + batch_size])  # type: ignore[arg-type]
-        for start in range(0, len(items), batch_size)
+        collate(rows[start : start + batch_size])  # type: ignore[arg-type]
+        for start in range(0, len(rows), batch_size)
     ]
 
 
@@ -201,45 +209,15 @@ def _merged_failures(merged: Subject, exact: bool) -> list[str]:
 
 
 def _gguf(
-    file: Path, tools: Path, tokenizer: ChatTokenizer, batches: list[dict[str, torch.Tensor]],
-    conversations: list[Said], asked: list[Question], limit: int, threads: int, log: Path,
+    check: GgufCheck, folder: Path, spec: Spec, kind: str, rows: list[dict[str, list[int]]],
+    made: dict[str, Any],
 ) -> tuple[Subject, list[str]]:  # fmt: skip
-    texts = [tokenizer.template.render(said["messages"], said["tools"]) for said in conversations]
-    prompts = [question.ids(tokenizer) for question in asked]
-    rows = [
-        {"input_ids": ids[:size], "labels": labels[:size]}
-        for batch in batches
-        for ids, labels, size in zip(
-            batch["input_ids"].tolist(),
-            batch["labels"].tolist(),
-            batch["attention_mask"].sum(dim=1).tolist(),
-            strict=True,
-        )
-    ]
-    longest = max([len(row["input_ids"]) for row in rows] + [len(ids) + limit for ids in prompts])
-    seen = client.probe(
-        tools, log, model=str(file), texts=texts, rows=rows, prompts=prompts,
-        max_new_tokens=limit, context=longest + 8, threads=threads,
-    )  # fmt: skip
-    failures = []
-    wrong = [
-        text for text, ids in zip(texts, seen["ids"], strict=True) if ids != tokenizer.ids_of(text)
-    ]
-    if wrong:
-        failures.append(
-            f"llama.cpp splits {len(wrong)} of {len(texts)} conversations into other tokens than "
-            f"the tokenizer, the first: {wrong[0][:80]!r}"
-        )
-    if seen["metadata"].get("tokenizer.chat_template") != tokenizer.template.source:
-        failures.append("its chat template is not the one that was trained with")
-    if int(seen["metadata"].get("tokenizer.ggml.eos_token_id", -1)) not in tokenizer.stop_ids:
-        failures.append("its end-of-sequence token is not the one that was trained")
-    answers: list[Answer] = [
-        {"text": answer["text"], "stopped": answer["stopped"]} for answer in seen["answers"]
-    ]
-    facts = {"size": file.stat().st_size, "tokens_per_second": seen["tokens_per_second"]}
-    loss = seen["loss"] if seen["loss"] is not None else math.nan
-    return Subject(loss, answers, facts), failures
+    measured = made["quality"].get(kind)  # its loss has been found already, then
+    found = check.look(files_of(folder, spec.name, kind), [] if measured else rows)
+    loss = measured["loss"] if measured else found.loss
+    assert loss is not None
+    failures = [*found.failures, *lossy_failures(spec.verify, kind, made)]
+    return Subject(loss, found.answers, found.facts), failures
 
 
 def _answer_failures(subjects: dict[str, Subject], asked: list[Question]) -> list[str]:

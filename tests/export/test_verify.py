@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
-from jobs.export.gguf import file_name, make_gguf
+from jobs.export.comparison import compared_rows
+from jobs.export.gguf import Extras, file_name, make_gguf
 from jobs.export.llama.build import find_tools
 from jobs.export.merge import merge
 from jobs.export.verify import Paths, verify
@@ -35,18 +36,17 @@ def found(
     monkeypatch.chdir(ROOT)
 
     def look(
-        change: Change | None = None, gguf: list[str] | None = None, **export: Any
-    ) -> list[str]:
+        change: Change | None = None, gguf: list[str] | None = None,
+        limits: dict[str, float] | None = None, **export: Any,
+    ) -> list[str]:  # fmt: skip
         run = tmp_path / "run"
         shutil.copytree(demo, run)
         if change:
             change(run)
-        spec = Spec.model_validate(
-            {
-                **load_spec("examples/demo.yaml", {}).model_dump(),
-                "export": {"gguf": gguf or [], **export},
-            }
-        )
+        demo_spec = load_spec("examples/demo.yaml", {}).model_dump()
+        if limits:
+            demo_spec["verify"].update(limits)
+        spec = Spec.model_validate({**demo_spec, "export": {"gguf": gguf or [], **export}})
         paths = Paths(
             BASE, run / ".work/data", run / "adapter", run / ".work/train/probe.safetensors",
             run / "merged", run / "gguf", run / "llama.log",
@@ -61,6 +61,7 @@ def found(
             "cpu",
             2,
             Observer("json"),
+            json.loads((run / ".work/stages/gguf.json").read_text())["result"],
         )[1]
 
     return look
@@ -143,7 +144,11 @@ def regguf(run: Path, change: Change) -> None:
     assert tools is not None
     shutil.rmtree(run / "gguf")
     (run / "gguf").mkdir()
-    make_gguf("demo", run / "merged", ["q8_0"], run / "gguf", run / "llama.log", tools, 2, Observer("json"))  # fmt: skip
+    made = make_gguf(
+        "demo", run / "merged", ["q8_0"], run / "gguf", run / "llama.log", tools, 2, Observer("json"),
+        Extras(rows=compared_rows(run / ".work/data")),
+    )  # fmt: skip
+    edit_json(run / ".work/stages/gguf.json", result=made)
 
 
 def edit_json(path: Path, **fields: Any) -> None:
@@ -163,9 +168,20 @@ def lose_eos(merged: Path) -> None:
 
 
 def swap_tokenizer(merged: Path) -> None:
-    # Without tokenizer.model the converter knows no scores: it converts without an error, and
-    # llama.cpp then splits words otherwise.
+    """One in which pieces are joined in another order."""
     (merged / "tokenizer.model").unlink()
+    tokenizer = json.loads((merged / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].reverse()
+    (merged / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def lose_scores(merged: Path) -> None:
+    """transformers saves no tokenizer.model, and without it the converter knows no scores."""
+    (merged / "tokenizer.model").unlink()
+
+
+def swap_padding(merged: Path) -> None:
+    edit_json(merged / "tokenizer_config.json", pad_token="</s>")
 
 
 def no_stop(merged: Path) -> None:
@@ -181,12 +197,26 @@ def no_stop(merged: Path) -> None:
         (drop_template, "chat template is not the one"),
         (lose_eos, "end-of-sequence token is not the one"),
         (swap_tokenizer, "into other tokens than the tokenizer"),
+        (swap_padding, "its padding token is '</s>'"),
         (no_stop, "no answer stops by itself"),
     ],
-    ids=["template", "eos", "tokenizer", "never stops"],
+    ids=["template", "eos", "tokenizer", "padding", "never stops"],
 )
 def test_a_faulty_gguf_is_found(
     found: Callable[..., list[str]], change: Change, message: str
 ) -> None:
     failures = found(lambda run: regguf(run, change), gguf=["q8_0"])
     assert any(message in text for text in failures if file_name("demo", "q8_0") in text or text.startswith("q8_0")), failures  # fmt: skip
+
+
+def test_a_vocabulary_without_scores_gets_them(found: Callable[..., list[str]]) -> None:
+    assert found(lambda run: regguf(run, lose_scores), gguf=["q8_0"]) == []
+
+
+def test_a_file_that_lost_too_much_in_quantizing_is_found(found: Callable[..., list[str]]) -> None:
+    limits = {"max_kl": 1e-3, "max_perplexity_increase": 1e-3}
+    failures = found(gguf=["q8_0", "q4_k_m"], limits=limits)
+    assert len(failures) == 2
+    assert all(text.startswith("demo-Q4_K_M.gguf: ") for text in failures)
+    assert "verify.max_kl is 0.001" in failures[0]
+    assert "verify.max_perplexity_increase is 0.001" in failures[1]

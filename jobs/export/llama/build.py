@@ -159,7 +159,9 @@ def _unpack(archive: Path, target: Path) -> Path:
             member.name = member.name.partition("/")[2]  # without the archive's top folder
             if _NEEDED.match(member.name):
                 members.append(member)
-        tar.extractall(target, members, filter="data")
+        # Python 3.11 knows the argument only from 3.11.4 on, and Debian 12 has 3.11.2.
+        tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        tar.extractall(target, members)  # noqa: S202 - the archive is known by its hash
     return target
 
 

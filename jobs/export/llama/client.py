@@ -17,62 +17,149 @@ from jobs.export.llama.build import LLAMA_CPP_COMMIT
 FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10,
     "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16,
-    "q5_k_m": 17, "q6_k": 18, "bf16": 32,
+    "q5_k_m": 17, "q6_k": 18, "iq2_xxs": 19, "iq2_xs": 20, "q2_k_s": 21, "iq3_xs": 22,
+    "iq3_xxs": 23, "iq1_s": 24, "iq4_nl": 25, "iq3_s": 26, "iq3_m": 27, "iq2_s": 28, "iq2_m": 29,
+    "iq4_xs": 30, "iq1_m": 31, "bf16": 32,
 }  # fmt: skip
+WHOLE = ("f32", "f16", "bf16")
 
-WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[3]
 
 
-def convert(tools: Path, model: Path, target: Path, log: Path) -> None:
-    """A merged model as GGUF, in the precision that it has. Raises VerificationError."""
-    command = [sys.executable, str(tools / "convert_hf_to_gguf.py"), str(model),
-               "--outfile", str(target), "--outtype", "auto"]  # fmt: skip
+def block_of(kind: str) -> int:
+    """Weights in a row that the type takes together: a row of another length cannot have it."""
+    if kind in WHOLE:
+        return 1
+    return 256 if "_k" in kind or (kind.startswith("iq") and kind != "iq4_nl") else 32
+
+
+def convert(
+    tools: Path, model: Path, target: Path, precision: str, log: Path, name: str = "model"
+) -> None:
+    """A merged model as GGUF, in 16 or 32 bit. Raises VerificationError."""
+    done = _converter(tools, "convert_hf_to_gguf.py", [
+        str(model), "--outfile", str(target), "--outtype", precision, "--model-name", name,
+    ], log)  # fmt: skip
+    if done != 0 or not target.is_file():
+        raise _refused("the merged model", log, target)
+
+
+def convert_adapter(tools: Path, base: Path, adapter: Path, target: Path, log: Path) -> None:
+    """A LoRA adapter in peft's format as GGUF; of the base its configuration is read."""
+    done = _converter(tools, "convert_lora_to_gguf.py", [
+        str(adapter), "--base", str(base), "--outfile", str(target), "--outtype", "f16",
+    ], log)  # fmt: skip
+    if done != 0 or not target.is_file():
+        raise _refused("the adapter", log, target)
+
+
+def _converter(tools: Path, script: str, arguments: list[str], log: Path) -> int:
     # Not PYTHONPATH alone: the converter must find its own gguf package before the installed one.
     env = {**os.environ, "PYTHONPATH": str(tools / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     with log.open("a") as file:
-        done = subprocess.run(
-            command,
+        return subprocess.run(
+            [sys.executable, str(tools / script), *arguments],
             check=False,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=env,
-        )
-    if done.returncode != 0 or not target.is_file():
-        tail = log.read_text("utf-8", "replace").strip().splitlines()[-4:]
-        _raise_if_disk_full(tail, target)
-        raise VerificationError(
-            "llama.cpp's converter refused the merged model:\n" + "\n".join(tail),
-            f"the whole log is {log}; llama.cpp {LLAMA_CPP_COMMIT} may not know this model type yet",
-        )
+        ).returncode
 
 
-def quantize(tools: Path, source: Path, target: Path, kind: str, threads: int, log: Path) -> None:
-    """Write `source` (a 16- or 32-bit GGUF) in another type. Raises VerificationError."""
+def _refused(what: str, log: Path, target: Path) -> VerificationError:
+    tail = log.read_text("utf-8", "replace").strip().splitlines()[-4:]
+    _raise_if_disk_full(tail, target)
+    return VerificationError(
+        f"llama.cpp's converter refused {what}:\n" + "\n".join(tail),
+        f"the whole log is {log}; llama.cpp {LLAMA_CPP_COMMIT} may not know this model type yet",
+    )
+
+
+def quantize(
+    tools: Path, source: Path, target: Path, kind: str, threads: int, log: Path,
+    imatrix: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write `source` (a 16- or 32-bit GGUF) in another type. Raises VerificationError.
+
+    Returns how many tensors have which type, and those that fell back to another than was meant.
+    """
     answer = _ask(
         tools,
         {"do": "quantize", "source": str(source), "target": str(target),
-         "file_type": FILE_TYPES[kind], "threads": threads},
+         "file_type": FILE_TYPES[kind], "block": block_of(kind), "threads": threads,
+         "imatrix": str(imatrix) if imatrix else None},
         log,
     )  # fmt: skip
     if answer["code"] != 0 or not target.is_file():
-        _raise_if_disk_full(log.read_text("utf-8", "replace").splitlines()[-5:], target)
+        tail = log.read_text("utf-8", "replace").strip().splitlines()[-5:]
+        _raise_if_disk_full(tail, target)
         raise VerificationError(
-            f"llama.cpp could not quantize to {kind} (code {answer['code']})", f"its log is {log}"
+            f"llama.cpp could not quantize to {kind} (code {answer['code']}):\n" + "\n".join(tail),
+            f"its log is {log}",
         )
+    return answer
+
+
+def imatrix(
+    tools: Path, model: Path, tokens: list[int], chunk: int, target: Path, threads: int, log: Path
+) -> dict[str, Any]:
+    """Write the importance matrix that sending the tokens through the model, so many at a time, gives."""
+    return _ask(
+        tools,
+        {"do": "imatrix", "model": str(model), "tokens": tokens, "chunk": chunk,
+         "target": str(target), "threads": threads, "dataset": "the run's training data"},
+        log,
+    )  # fmt: skip
+
+
+def split(tools: Path, source: Path, max_bytes: int, log: Path) -> list[Path]:
+    """Write a GGUF file as several beside it, each as large as `max_bytes` at most."""
+    request = {"do": "split", "source": str(source), "target": str(source), "max_bytes": max_bytes}
+    return [source.with_name(name) for name in _ask(tools, request, log)["files"]]
+
+
+def count_tensors(tools: Path, path: Path, log: Path) -> int:
+    return int(_ask(tools, {"do": "count_tensors", "path": str(path)}, log)["tensors"])
+
+
+def settle_tokenizer(
+    tools: Path, path: Path, folder: Path, begins_with_bos: bool, log: Path
+) -> None:
+    """Put right what the converter cannot know of the tokenizer in a folder: that no beginning-of-
+    sequence token goes before conversations which have none, and a SentencePiece vocabulary's scores
+    where there is only tokenizer.json."""
+    _ask(
+        tools,
+        {"do": "settle_tokenizer", "path": str(path), "folder": str(folder),
+         "begins_with_bos": begins_with_bos},
+        log,
+    )  # fmt: skip
 
 
 def probe(tools: Path, log: Path, **request: Any) -> dict[str, Any]:
-    """What `worker.probe` finds out about a GGUF file."""
+    """What `probing.probe` finds out about a GGUF file."""
     return _ask(tools, {"do": "probe", **request}, log)
+
+
+def score(tools: Path, log: Path, **request: Any) -> dict[str, Any]:
+    """What `probing.score` measures of a GGUF file's predictions."""
+    return _ask(tools, {"do": "score", **request}, log)
+
+
+def pre_tokenizer(tools: Path, folder: Path, log: Path) -> str | None:
+    """llama.cpp's name for how the tokenizer in a folder splits words; None for one it has none for."""
+    answer = _ask(tools, {"do": "pre_tokenizer", "folder": str(folder)}, log)["pre"]
+    return None if answer is None else str(answer)
 
 
 def _ask(tools: Path, request: dict[str, Any], log: Path) -> dict[str, Any]:
     read_fd, write_fd = os.pipe()
     with log.open("a") as file, os.fdopen(read_fd) as answer:
         process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(tools), str(write_fd)],
+            [sys.executable, "-m", "jobs.export.llama.worker", str(tools), str(write_fd)],
             stdin=subprocess.PIPE, stdout=file, stderr=file, pass_fds=(write_fd,), text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         os.close(write_fd)
         with process:

@@ -16,6 +16,7 @@ Part = Literal["adapter", "gguf", "main"]
 PARTS: tuple[Part, ...] = ("adapter", "gguf", "main")  # in the order of sending
 
 ADAPTER_CONFIG = "adapter_config.json"  # at the root it says that the root is an adapter
+CARD = "README.md"  # the run's own, at the root in the folder and in the repository
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def keys_of(part: Part, paths: Iterable[str]) -> dict[str, str]:
     for path in paths:
         if part != "main":
             found[path] = f"{part}/{path}"
-        elif path == NAME or path.partition("/")[0] in ("adapter", "gguf", "report", "logs"):
+        elif path in (NAME, CARD) or path.partition("/")[0] in ("adapter", "gguf", "report", "logs"):
             found[path] = path
         else:
             found[path] = f"{root}/{path}"
