@@ -13,12 +13,13 @@ TORCH := 2.13.0
 TORCH_CPU_HASH := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock tools clean
+.PHONY: help setup demo test lint lock charts tools clean
 
 help:
 	@echo "make demo    the whole job on this machine: about 3 minutes the first time, then a second"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make charts  write what of helm/ and k8s/ is made from the code"
 	@echo "make tools   build llama.cpp now"
 	@echo "make lock    write both locks anew from pyproject.toml"
 	@echo "make clean   remove .venv and runs/ (not the cache in $(CACHE))"
@@ -51,6 +52,9 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+charts: setup
+	@$(PY) -m helm.generate
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --universal --python-version 3.11 \

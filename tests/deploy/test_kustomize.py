@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from helm.generate import CHART, HASHED, K8S, plain_values
+from helm.generate import CHART, HASHED, K8S, ROOT, plain_values
 from helm.values_file import read_values
 from jobs.spec import Spec
 from jobs.spec_source import load_spec
@@ -91,8 +92,6 @@ def _alike(objects: Objects) -> Objects:
 
 
 def _spec(text: str) -> Spec:
-    import tempfile
-
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(text)
         file.flush()
@@ -136,6 +135,18 @@ def test_the_example_secret_is_the_one_that_is_looked_for(build: Build) -> None:
     (source,) = pod["containers"][0]["envFrom"]
     # The first run needs none.
     assert source == {"secretRef": {"name": example["metadata"]["name"], "optional": True}}
+
+
+@pytest.mark.parametrize("path", [K8S / "overlays/cpu/spec.yaml", CHART / "ci/cpu.yaml"])
+def test_the_smoke_test_needs_nothing_but_the_image(path: Path) -> None:
+    values = read_values(path)
+    spec = Spec.model_validate(values.get("spec", values))
+    copied = re.findall(r"(?m)^COPY (examples/\S+)", (ROOT / "Dockerfile").read_text())
+    for place in (spec.model.base, *(source.source for source in spec.data.train)):
+        inside = place.removeprefix("/opt/lorajob/")
+        assert inside != place and (ROOT / inside).exists()
+        assert any(inside == its or inside.startswith(f"{its}/") for its in copied), place
+    assert spec.publish == []
 
 
 # --- Kueue -------------------------------------------------------------------------------------
