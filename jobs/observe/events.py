@@ -12,26 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Literal, Protocol, Self
 
 import structlog
 from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import Progress, TaskID
 
+from jobs.observe.live import LiveView
+from jobs.observe.snapshot import Moved, Snapshot
+from jobs.observe.usage import memory
 from jobs.reached import Reached
 from jobs.secrets import redact, redact_tree
 
@@ -41,12 +33,23 @@ Unit = Literal["", "bytes"]
 QUIET_SECONDS = 5.0  # in a pipe, a long step that has no events of its own reports this often
 
 
+class Listener(Protocol):
+    """Hears what the observer is told, as it goes into the log: without secrets."""
+
+    def hear(self, event: str, fields: dict[str, Any]) -> None: ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
 class Ticker:
     """Progress of one step: `advance` as things get done, with what is worth showing beside it."""
 
-    def __init__(self, observer: Observer, name: str, total: int | None, unit: Unit) -> None:
+    def __init__(
+        self, observer: Observer, name: str, total: int | None, unit: Unit, moved: Moved
+    ) -> None:
         self._observer, self._name, self._total = observer, redact(name), total
-        self._unit = unit
+        self._unit, self._moved = unit, moved
         self._lock = threading.Lock()  # transfers advance from several threads
         self._done = 0
         self._last = time.monotonic()
@@ -58,11 +61,14 @@ class Ticker:
         self._observer.beat(self._name)
         with self._lock:
             self._done += count
+            self._observer.snapshot.tick(self._done, self._total, count, self._moved)
             due = time.monotonic() - self._last >= QUIET_SECONDS
             if due:
                 self._last = time.monotonic()
         if self._observer.bars and self._task is not None:
-            self._observer.bars.update(self._task, advance=count, note=redact(note))
+            # While training the view has figures of its own, which stand still.
+            shown = "" if self._observer.snapshot.figures_shown else redact(note)
+            self._observer.bars.update(self._task, advance=count, note=shown)
         elif due:
             unit = {"unit": self._unit} if self._unit else {}
             self._observer.event(
@@ -99,6 +105,9 @@ class Observer:
         terminal = log_format == "terminal" or (log_format == "auto" and self._stream.isatty())
         self.console = Console(file=self._stream, highlight=False) if terminal else None
         self.bars: Progress | None = None
+        self.snapshot = Snapshot()
+        self._live: LiveView | None = None
+        self._listeners: list[Listener] = []
         self._file: IO[str] | None = None
         self._json = structlog.wrap_logger(
             _Lines(self),
@@ -110,17 +119,8 @@ class Observer:
 
     def __enter__(self) -> Self:
         if self.console:
-            self.bars = Progress(
-                TextColumn("  [progress.description]{task.description}"),
-                BarColumn(bar_width=30),
-                _Amount(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-                transient=True,
-            )
-            self.bars.start()
+            self._live = LiveView(self.console, self.snapshot).__enter__()
+            self.bars = self._live.bars
         self._take_over_logging()
         return self
 
@@ -130,9 +130,13 @@ class Observer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.bars:
-            self.bars.stop()
-            self.bars = None
+        for listener in self._listeners:
+            with suppress(Exception):  # it has heard all there is, and the run is over
+                listener.close()
+        self._listeners.clear()
+        if self._live:
+            self._live.__exit__()
+            self._live = self.bars = None
         logging.captureWarnings(False)
         if self._file:
             self._file.close()
@@ -143,19 +147,32 @@ class Observer:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
+    def add(self, listener: Listener) -> None:
+        """From now on tell it every event too; it is closed with the observer."""
+        self._listeners.append(listener)
+
     def event(self, event: str, **fields: Any) -> None:
         self.beat(event)
         if event == "stage_start":
             self.reached.stage = fields["stage"]
         elif event == "train_step":
             self.reached.step = fields["step"]
+            fields |= memory()
         fields = redact_tree(fields)
+        self.snapshot.hear(event, fields)
         self._json.info(event, **fields)
         if self.console and not self._quiet:
             line = _TERMINAL.get(event)
             if line is not None:
                 # Once more: one field may complete what began in another.
                 self.console.print(redact(line.format_map(_Fields(fields))), soft_wrap=True)
+        for listener in [*self._listeners]:
+            try:
+                listener.hear(event, fields)
+            except Exception as error:
+                # Whoever watches a run must not be what ends it.
+                self._listeners.remove(listener)
+                self.warn(f"{type(listener).__name__} hears no more of this run: {error}")
 
     def warn(self, text: str) -> None:
         self.event("warning", text=text)
@@ -169,8 +186,11 @@ class Observer:
             self._stream.flush()
 
     @contextmanager
-    def ticker(self, name: str, total: int | None = None, unit: Unit = "") -> Iterator[Ticker]:
-        ticker = Ticker(self, name, total, unit)
+    def ticker(
+        self, name: str, total: int | None = None, unit: Unit = "", moved: Moved = ""
+    ) -> Iterator[Ticker]:
+        """`moved` says which way bytes go, for those who count them."""
+        ticker = Ticker(self, name, total, unit, moved)
         try:
             yield ticker
         finally:
@@ -182,17 +202,6 @@ class Observer:
         root.handlers[:] = [_ToEvents(self)]
         root.setLevel(logging.WARNING)
         logging.captureWarnings(True)
-
-
-class _Amount(ProgressColumn):
-    """How much is done, of how much: things, or bytes."""
-
-    def render(self, task: Task) -> Text:
-        total = task.total
-        if task.fields.get("unit") == "bytes":
-            done = decimal(int(task.completed))
-            return Text(f"{done} of {decimal(int(total))}" if total else done)
-        return Text(f"{int(task.completed)}/{'?' if total is None else int(total)}")
 
 
 class _Lines:
