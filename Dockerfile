@@ -28,8 +28,9 @@ RUN export DEBIAN_FRONTEND=noninteractive \
     && if [ "$VARIANT" = cuda ]; then \
         apt-get install -qy --no-install-recommends gcc libc6-dev libpython3-dev \
         && find /usr/lib -name 'libpython*.a' -delete \
-        && find /usr/lib* -name lto1 -delete; \
+        && find /usr/lib* /usr/bin -name lto1 -delete -o -name '*lto-dump*' -delete; \
     fi \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/ldconfig/* /var/log/*.log /var/log/apt \
         /usr/share/doc/* /usr/share/man/*
 
@@ -38,6 +39,7 @@ FROM python AS build
 RUN export DEBIAN_FRONTEND=noninteractive \
     && apt-get update -q \
     && apt-get install -qy --no-install-recommends g++ python3-venv \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /pip
 
@@ -95,6 +97,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && /opt/lorajob/venv/bin/python /opt/lorajob/image/packages.py verify "$site" /opt/lorajob/image/packages.txt \
     && /opt/lorajob/venv/bin/python -c 'import torch, transformers, trl, peft, bitsandbytes, datasets' \
     && apt-get purge -qy --auto-remove -o APT::AutoRemove::SuggestsImportant=false python3-venv \
+    && apt-get clean \
     && rm -rf /pip /tmp/* /opt/lorajob/image/__pycache__ \
         /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/ldconfig/* /var/cache/debconf/*-old \
         /var/lib/dpkg/*-old /var/log/*.log /var/log/apt

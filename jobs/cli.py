@@ -1,4 +1,4 @@
-"""The command line: `lorajob run|check|schema|tools`. Imports only what a command needs.
+"""The command line: `lorajob run|check|export|chat|report|schema|tools`. Imports only what a command needs.
 
 The one place where an error becomes a message and an exit code.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import __version__, stop
+from jobs.arguments import CHAT, EXPORT, add_chat_arguments, add_export_arguments
 from jobs.errors import LorajobError, Preempted
 from jobs.observe.termination import outcome_of, write_termination
 from jobs.reached import Reached
@@ -30,7 +31,8 @@ EPILOG = """\
 The spec is read from the path given, else from $LORAJOB_SPEC, else from /etc/lorajob/spec.yaml; `-`
 is standard input. Any field can be set from the environment, over what the file says:
   LORAJOB__TRAIN__LEARNING_RATE=1e-4
-
+"""
+CODES = """\
 exit codes: 0 done   2 the spec is wrong   3 the data is wrong   4 not there, or not allowed
             5 does not fit   6 the result failed its verification   10 a service failed
             20 stopped from outside, a checkpoint is safe   1 a bug
@@ -105,7 +107,18 @@ def _fail(error: LorajobError) -> int:
 
 def _with_command(argv: list[str]) -> list[str]:
     """`run` is the default: `lorajob`, `lorajob my.yaml` and `lorajob --work w` mean it."""
-    known = {"run", "check", "schema", "tools", "-h", "--help", "--version"}
+    known = {
+        "run",
+        "check",
+        "export",
+        "chat",
+        "report",
+        "schema",
+        "tools",
+        "-h",
+        "--help",
+        "--version",
+    }
     return argv if argv and argv[0] in known else ["run", *argv]
 
 
@@ -113,15 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lorajob",
         description="Fine-tune a language model as one batch job, and prove that the result works.",
-        epilog=EPILOG,
+        epilog=f"{EPILOG}\n{CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lorajob {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
 
-    def command(name: str, do: Any, text: str) -> argparse.ArgumentParser:
+    def command(name: str, do: Any, text: str, more: str = "") -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=text, description=text, epilog=EPILOG,
+            name, help=text, description=f"{text}\n\n{more}".strip(),
+            epilog=CODES if do is _chat else f"{EPILOG}\n{CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         sub.set_defaults(do=do)
@@ -129,15 +143,26 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Do the whole job (the default).")
     check = command("check", _check, "Find out everything that can be known without training.")
+    export = command("export", _export, "Make everything from an adapter that is there.", EXPORT)
+    add_export_arguments(export)
+    chat = command("chat", _chat, "Talk to base, adapter, merged model or GGUF.", CHAT)
+    add_chat_arguments(chat)
+    report = command(
+        "report", _report, "Make a run's report.html anew, from report.json beside it."
+    )
+    report.add_argument(
+        "folder", type=Path, help="the run's folder, or a copy of what it published"
+    )
     command("schema", _schema, "Print the spec's JSON schema.")
     tools = command("tools", _tools, "Build llama.cpp now instead of when it is first needed.")
     for sub in (run, check):
         sub.add_argument("spec", nargs="?", help="the spec's path, or - for standard input")
+    for sub in (run, check, export):
         sub.add_argument(
             "--work", type=Path, default=Path(os.environ.get("LORAJOB_WORK") or "runs"),
             help="where runs are kept, each in a folder of its name ($LORAJOB_WORK; default: runs)",
         )  # fmt: skip
-    for sub in (run, tools):
+    for sub in (run, export, tools):
         sub.add_argument(
             "--log", choices=("auto", "json", "terminal"), default="auto",
             help="what is printed: bars for a terminal, JSON lines for a pipe (default: auto)",
@@ -167,6 +192,17 @@ def _run(arguments: argparse.Namespace) -> int:
         raise
     write_termination(outcome_of(**reached.fields()))
     return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """The same with an adapter that is there in the place of the training."""
+    return _run(arguments)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from jobs.chat import chat
+
+    return chat(arguments)
 
 
 def _stopped(reached: Reached) -> LorajobError:
@@ -207,19 +243,33 @@ def _end_children() -> None:
 
 
 def _job(arguments: argparse.Namespace, reached: Reached) -> None:
-    from jobs.spec_source import load_spec
+    from jobs.startup import require_container
 
-    spec = load_spec(arguments.spec)
+    require_container(arguments.work)
+    given: Path | None = None
+    warnings: tuple[str, ...] = ()
+    if arguments.do is _export:
+        from jobs.export_command import request
+
+        asked = request(arguments)
+        spec, folder, given, warnings = asked.spec, asked.folder, asked.adapter, asked.warnings
+    else:
+        from jobs.spec_source import load_spec
+
+        spec = load_spec(arguments.spec)
+        folder = arguments.work / spec.name
     reached.name, reached.grace = spec.name, spec.limits.grace_seconds
     from jobs.observe.events import Observer
     from jobs.run import run
 
     with (
         Observer(arguments.log, reached=reached) as observer,
-        _stall_watch(spec, arguments, observer),
+        _stall_watch(spec, folder, observer),
     ):
+        for text in warnings:
+            observer.warn(text)
         try:
-            contents = run(spec, arguments.work, observer)
+            contents = run(spec, folder, observer, given)
         except LorajobError as error:
             observer.event(
                 "run_failed", code=error.exit_code, error=error.message, what_to_do=error.hint
@@ -243,18 +293,15 @@ def _job(arguments: argparse.Namespace, reached: Reached) -> None:
         from jobs.observe.answers_table import answers_table
 
         observer.console.print(answers_table(redact_tree(contents["stages"]["verify"]["result"])))
-        folder = redact(str(arguments.work / spec.name))
         observer.console.print(
-            f"everything is in [bold]{folder}[/bold]", *_where(contents), sep="\n"
+            f"everything is in [bold]{redact(str(folder))}[/bold]", *_where(contents), sep="\n"
         )
         for target in spec.publish:
             place = target if isinstance(target, str) else f"hub://{target.hub}"
             observer.console.print(f"published to [bold]{redact(place)}[/bold]")
 
 
-def _stall_watch(
-    spec: Spec, arguments: argparse.Namespace, observer: Observer
-) -> AbstractContextManager[object]:
+def _stall_watch(spec: Spec, folder: Path, observer: Observer) -> AbstractContextManager[object]:
     """Ends a run that makes no progress; whatever the observer hears of is progress."""
     if spec.limits.stall_minutes is None:
         return nullcontext()
@@ -263,7 +310,7 @@ def _stall_watch(
     def tell(error: LorajobError) -> None:
         write_termination(outcome_of(error, **observer.reached.fields()))
 
-    log = arguments.work / spec.name / "logs" / "stall.log"
+    log = folder / "logs" / "stall.log"
     watch = StallWatch(60 * spec.limits.stall_minutes, log, tell)
     observer.beat = watch.beat
     return watch
@@ -273,9 +320,10 @@ def _where(contents: dict[str, Any]) -> list[str]:
     """One line for each folder of the run: how many files and how large."""
     folders: dict[str, list[int]] = {}
     for entry in contents["files"]:
-        folders.setdefault(entry["path"].split("/")[0], []).append(entry["size"])
+        name, slash, _ = entry["path"].partition("/")
+        folders.setdefault(name + slash, []).append(entry["size"])
     return [
-        f"  {name + '/':<10} {len(sizes):2} files {sum(sizes) / 2**20:9.1f} MiB"
+        f"  {name:<10} {len(sizes):2} files {sum(sizes) / 2**20:9.1f} MiB"
         for name, sizes in folders.items()
     ]
 
@@ -296,6 +344,13 @@ def _check(arguments: argparse.Namespace) -> int:
         from jobs.observe.check_text import print_check
 
         print_check(found)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from jobs.observe.report import render_report
+
+    print(render_report(arguments.folder))
     return 0
 
 

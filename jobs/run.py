@@ -23,9 +23,10 @@ from jobs import __version__, stop
 from jobs.base_model import copy_tokenizer, repository_of, settle_stops, write_json
 from jobs.data.chunks import Recipe
 from jobs.data.prepare import prepare
-from jobs.errors import LorajobError, ServiceError, VerificationError, bullet_list
-from jobs.observe.answers_table import write_answers
+from jobs.errors import DataError, LorajobError, ServiceError, VerificationError, bullet_list
+from jobs.observe.answers_table import ANSWERS, write_answers
 from jobs.observe.events import Observer
+from jobs.observe.watchers import watch
 from jobs.preflight import Ready, preflight
 from jobs.secrets import guard_process
 from jobs.spec import Spec
@@ -43,20 +44,29 @@ from jobs.train.runtime import settle_threads
 ENGINE_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth_zoo")
 WORK = ".work"  # what the run needs of its own, below its folder; never published
 CHECKPOINTS = f"{WORK}/checkpoints"
+REACHED = 0.9  # of the wanted share of replay, below which it is said
 
 
-def run(spec: Spec, work: Path, observer: Observer) -> dict[str, Any]:
-    """Do the whole job in `work/NAME`; returns the manifest. Raises a LorajobError."""
+def run(spec: Spec, folder: Path, observer: Observer, given: Path | None = None) -> dict[str, Any]:
+    """Do the whole job in `folder`; returns the manifest. Raises a LorajobError.
+
+    With an adapter `given` nothing is trained: it is what all else is made of.
+    """
     start = time.monotonic()
-    folder = work / spec.name
     observer.reached.log = folder / "logs" / "run.jsonl"
+    watch(spec, folder, folder / CHECKPOINTS, observer)
     ready = preflight(spec, folder, observer.warn, keep=True)
+    observer.snapshot.retries = lambda: ready.connections.retries.count
     observer.keep_in(folder / "logs" / "run.jsonl")
     observer.event("run_start", version=__version__, name=spec.name, folder=str(folder))
     with ExitStack() as held:
         held.enter_context(_lease(LocalStore(folder / WORK), spec, observer))
         lease = held.enter_context(_lease(ready.keeper, spec, observer))
-        contents = _stages(spec, ready, Stages(folder, observer), lease)
+        stages = Stages(folder, observer)
+        if given:
+            contents = _stages_of_given(spec, ready, stages, lease, given)
+        else:
+            contents = _stages(spec, ready, stages, lease)
     observer.event(
         "run_done",
         seconds=round(time.monotonic() - start, 1),
@@ -110,6 +120,20 @@ def _stages(spec: Spec, ready: Ready, stages: Stages, lease: Lease) -> dict[str,
     return contents
 
 
+def _stages_of_given(
+    spec: Spec, ready: Ready, stages: Stages, lease: Lease, given: Path
+) -> dict[str, Any]:
+    """The same without any training."""
+    threads = settle_threads()
+    data = data_stage(spec, ready, stages)
+    adapter = _given(spec, ready, stages, data, given)
+    contents = _results(spec, ready, stages, data, adapter, threads)
+    lease.require()
+    _publish(ready, stages.folder, contents["files"], stages.observer)
+    stop.over()
+    return contents
+
+
 def _published_before(spec: Spec, ready: Ready, folder: Path) -> dict[str, Any] | None:
     """The manifest, where every target holds all that this run would make, and this folder nothing.
 
@@ -146,7 +170,7 @@ def _identity(spec: Spec, ready: Ready) -> str:
         {
             # Where results go and how they get there shapes none of them.
             "spec": spec.model_dump(
-                mode="json", exclude={"publish", "checkpoints", "limits", "s3"}
+                mode="json", exclude={"publish", "checkpoints", "limits", "s3", "observe"}
             ),
             "base": [ready.base.commit, ready.base.content_key],
             "data": [[o.commit, o.contents()] for o in ready.origins.found],
@@ -190,20 +214,44 @@ def _results(
     done = {"data": data, "train": trained, "adapter": _adapter(ready, stages, trained)}
     if spec.export.merged:
         done["merge"] = _merge(spec, ready, stages, done["adapter"], trained)
-    if spec.export.gguf:
-        done["gguf"] = _gguf(spec, stages, done["merge"], threads, observer)
-    done["verify"] = _verify(spec, ready, stages, done, threads, observer)
+    if spec.export.needs_llama_cpp:
+        done["gguf"] = _gguf(spec, ready, stages, done, threads, observer)
+    try:
+        done["verify"] = _verify(spec, ready, stages, done, threads, observer)
+    except VerificationError:
+        if (stages.folder / "report" / ANSWERS).is_file():
+            _report(spec, ready, stages, done)
+        raise
+    _report(spec, ready, stages, done)
 
     contents = _manifest(spec, ready, stages.folder, done, threads)
+    _add_cards(spec, ready, stages.folder, contents)
     write_whole(stages.folder / manifest.NAME, contents)
     return contents
+
+
+def _report(spec: Spec, ready: Ready, stages: Stages, done: dict[str, Done]) -> None:
+    """The page about the run. One that cannot be made is a warning: what it tells of is there."""
+    from jobs.observe.report import Stage, write_report
+
+    made = [Stage(name, stage.key, stage.seconds, stage.result) for name, stage in done.items()]
+    sources = [{"source": o.source.source, "commit": o.commit} for o in ready.origins.found]
+    base = {"source": ready.base.source, "commit": ready.base.commit}
+    inputs = {"base": base, "data": sources}
+    try:
+        write_report(
+            stages.folder, spec, inputs, manifest.versions(), made, stages.folder / WORK / "data",
+            ready.tokenizer.text_of,
+        )  # fmt: skip
+    except Exception as error:
+        stages.observer.warn(f"the report cannot be made: {type(error).__name__}: {error}")
 
 
 def _publish(ready: Ready, folder: Path, files: list[FileEntry], observer: Observer) -> None:
     size = sum(file["size"] for file in files)
 
     def send(store: Store) -> None:
-        with observer.ticker(f"publishing to {store.url}", size, unit="bytes") as ticker:
+        with observer.ticker(f"publishing to {store.url}", size, "bytes", "sent") as ticker:
             sent = publish(folder, files, store, ticker.advance)
         observer.event("published", target=store.url, **sent)
 
@@ -225,7 +273,7 @@ def data_stage(spec: Spec, ready: Ready, stages: Stages) -> Done:
         for origin in ready.origins.found:
             if missing := origin.missing_bytes():
                 name = f"fetching {origin.source.source}"
-                with stages.observer.ticker(name, missing, unit="bytes") as ticker:
+                with stages.observer.ticker(name, missing, "bytes", "fetched") as ticker:
                     origin.files(ticker.advance)
         with stages.observer.ticker("reading data") as ticker:
             summary = prepare(
@@ -236,7 +284,7 @@ def data_stage(spec: Spec, ready: Ready, stages: Stages) -> Done:
         return summary
 
     inputs = {
-        "data": spec.data.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json", exclude={"retention_limit"}),
         "files": [origin.contents() for origin in ready.origins.found],
         "tokenizer": sha256_of(ready.base.folder / "tokenizer.json"),
         "template": ready.tokenizer.template.source,
@@ -247,11 +295,24 @@ def data_stage(spec: Spec, ready: Ready, stages: Stages) -> Done:
         "seed": spec.train.seed,
         "code": _code_key("data"),
     }
-    return stages.run(
-        "data", inputs, work, f"{WORK}/data",
-        note=lambda r: f"{r['train_rows']} conversations to train on, {r['eval_rows']} held out, "
-        f"{r['trained_tokens']} of {r['train_tokens']} tokens trained",
-    )  # fmt: skip
+    done = stages.run("data", inputs, work, f"{WORK}/data", note=_data_note)
+    if (spec.train.early_stopping or spec.train.keeps_best) and not done.result["eval_rows"]:
+        raise DataError(
+            "nothing is held out for evaluation, and train.early_stopping and train.keep_best go by "
+            "the loss on it",
+            "add conversations, or take the two out",
+        )
+    return done
+
+
+def _data_note(result: dict[str, Any]) -> str:
+    note = (
+        f"{result['train_rows']} conversations to train on, {result['eval_rows']} held out, "
+        f"{result['trained_tokens']} of {result['train_tokens']} tokens trained"
+    )
+    if replay := result.get("replay"):
+        note += f"; {replay['rows']} more of replay, {replay['share']:.1%} of all trained tokens"
+    return note
 
 
 def data_warnings(summary: dict[str, Any], spec: Spec) -> list[str]:
@@ -265,7 +326,25 @@ def data_warnings(summary: dict[str, Any], spec: Spec) -> list[str]:
         "cannot be used and are skipped": summary["bad_rows"],
         "are held out for evaluation and trained on as well": summary["in_train_and_eval"],
     }
-    return [f"{count} of {rows} conversations {what}" for what, count in found.items() if count]
+    texts = [f"{count} of {rows} conversations {what}" for what, count in found.items() if count]
+    if both := summary.get("in_train_and_retention"):
+        texts.append(f"{both} conversations of data.retention are in data.train as well")
+    replay = summary.get("replay")
+    left_out = {
+        "retention": summary.get("retention_left_out"),
+        "replay": replay and replay["left_out"],
+    }
+    texts += [
+        f"{count} conversations of data.{side} are too long or cannot be used, and are left out"
+        for side, count in left_out.items()
+        if count
+    ]
+    if replay and spec.data.replay and replay["share"] < REACHED * spec.data.replay.share:
+        texts.append(
+            f"data.replay: all that can be drawn are {replay['rows']} conversations, "
+            f"{replay['share']:.1%} of the trained tokens and not {spec.data.replay.share:.1%}"
+        )
+    return texts
 
 
 def _code_key(package: str) -> str:
@@ -281,7 +360,7 @@ def _whole_base(ready: Ready, observer: Observer) -> Path:
     missing = ready.base.missing_bytes()
     if not missing:
         return ready.base.whole()
-    with observer.ticker(f"fetching {ready.base.source}", missing, unit="bytes") as ticker:
+    with observer.ticker(f"fetching {ready.base.source}", missing, "bytes", "fetched") as ticker:
         return ready.base.whole(ticker.advance)
 
 
@@ -322,11 +401,40 @@ def _train(
     return stages.run("train", inputs, work, f"{WORK}/train", note=_train_note)
 
 
+def _given(spec: Spec, ready: Ready, stages: Stages, data: Done, given: Path) -> Done:
+    """An adapter that was there before, in the place of one that was trained."""
+    from jobs.export.adapter import weights_and_config
+
+    def work(out: Path) -> dict[str, Any]:
+        from jobs.export.adapter import take
+        from jobs.train.runtime import device_name, quiet_libraries
+
+        quiet_libraries()
+        base = _whole_base(ready, stages.observer)
+        return take(
+            given, base, spec.model.load_in, ready.tokenizer, stages.folder / WORK / "data", out,
+            device_name(),
+        )  # fmt: skip
+
+    inputs = {
+        "given": [sha256_of(path) for path in weights_and_config(given)],
+        "base": ready.base.content_key,
+        "load_in": spec.model.load_in,
+        "data": data.content_key,
+        "code": _code_key("export"),
+    }
+    return stages.run(
+        "given", inputs, work, f"{WORK}/train",
+        note=lambda r: f"rank {r['lora']['rank']}, {r['parameters']} parameters",
+    )  # fmt: skip
+
+
 def checkpoints_of(
     spec: Spec, ready: Ready, stages: Stages, data: Done, lease: Lease
 ) -> Checkpoints:
     """The checkpoints of this training. Versions and threads are no part of what it is made from: a
-    run goes on with a newer lorajob, and on a machine with other cores, though not to the same bits.
+    run goes on with a newer lorajob, which may know more fields, and on a machine with other cores,
+    though not to the same bits.
     """
     return Checkpoints(
         folder=stages.folder / CHECKPOINTS,
@@ -350,6 +458,12 @@ def _train_note(result: dict[str, Any]) -> str:
     note = f"{result['steps']} steps, loss {result['train_loss']:.3f}"
     if result["eval_loss"] is not None:
         note += f", eval loss {result['eval_loss_before']:.3f} -> {result['eval_loss']:.3f}"
+    if result["stopped_early"]:
+        note += f", stopped early of {result['max_steps']}"
+    if result["best_step"] is not None:
+        note += f", those of step {result['best_step']} kept"
+    for kept in result["retention"]:
+        note += f", {kept['source']} {kept['before']:.3f} -> {kept['after']:.3f}"
     return note
 
 
@@ -407,20 +521,40 @@ def _merge(spec: Spec, ready: Ready, stages: Stages, adapter: Done, trained: Don
     )  # fmt: skip
 
 
-def _gguf(spec: Spec, stages: Stages, merged: Done, threads: int, observer: Observer) -> Done:
+def _gguf(
+    spec: Spec, ready: Ready, stages: Stages, done: dict[str, Done], threads: int, observer: Observer
+) -> Done:  # fmt: skip
     from jobs.export.llama.build import ensure_tools, tools_key
 
-    def work(out: Path) -> dict[str, Any]:
-        from jobs.export.gguf import make_gguf
+    folder, export = stages.folder, spec.export
 
+    def work(out: Path) -> dict[str, Any]:
+        from jobs.export.comparison import compared_rows
+        from jobs.export.gguf import Extras, calibration, make_gguf
+        from jobs.export.verify_gguf import begins_with_bos
+        from jobs.train.rows import load_rows
+
+        data = folder / WORK / "data"
+        said = json.loads((data / "first.json").read_text("utf-8"))
+        render = ready.tokenizer.template.render
+        rendered = [render(s["messages"], s["tools"]) for s in said["eval"] or said["train"]]
+        extras = Extras(
+            rows=compared_rows(data),
+            tokens=calibration(load_rows(data / "train.arrow")) if export.imatrix else [],
+            adapter=folder / "adapter" if export.adapter_gguf else None,
+            max_bytes=int(export.gguf_max_gib * 2**30) if export.gguf_max_gib else None,
+            begins_with_bos=begins_with_bos(ready.tokenizer, rendered),
+        )
         return make_gguf(
-            spec.name, stages.folder / "merged", list(spec.export.gguf), out,
-            stages.folder / "logs" / "llama.log", ensure_tools(observer), threads, observer,
+            spec.name, folder / "merged", list(export.gguf), out, folder / "logs" / "llama.log",
+            ensure_tools(observer), threads, observer, extras,
         )  # fmt: skip
 
     inputs = {
-        "merged": merged.content_key, "name": spec.name, "types": list(spec.export.gguf),
-        "tools": tools_key(),
+        "merged": done["merge"].content_key, "data": done["data"].content_key, "name": spec.name,
+        "types": list(export.gguf), "imatrix": export.imatrix, "split": export.gguf_max_gib,
+        "adapter": done["adapter"].content_key if export.adapter_gguf else None,
+        "tools": tools_key(), "code": _code_key("export"),
     }  # fmt: skip
     return stages.run(
         "gguf", inputs, work, "gguf",
@@ -444,6 +578,7 @@ def _verify(
         from jobs.train.runtime import device_name, quiet_libraries
 
         quiet_libraries()
+        (folder / "report" / ANSWERS).unlink(missing_ok=True)  # an earlier verification's
         first = json.loads((folder / WORK / "data" / "first.json").read_text("utf-8"))
         paths = Paths(
             base=_whole_base(ready, observer),
@@ -451,25 +586,26 @@ def _verify(
             adapter=folder / "adapter",
             probe=folder / WORK / "train" / "probe.safetensors",
             merged=folder / "merged" if spec.export.merged else None,
-            gguf=folder / "gguf" if spec.export.gguf else None,
+            gguf=folder / "gguf" if spec.export.needs_llama_cpp else None,
             log=folder / "logs" / "llama.log",
         )
-        tools = ensure_tools(observer) if spec.export.gguf else None
+        tools = ensure_tools(observer) if spec.export.needs_llama_cpp else None
         conversations = first["eval"] or first["train"]
+        made = done["gguf"].result if "gguf" in done else None
         if is_unsloth():
             # unsloth has changed what transformers does in this process, and what others will load
             # has to be proven without it.
             with apart() as process:
                 result, failures = process.submit(
                     verify, spec, paths, ready.tokenizer_files, conversations, tools, device_name(),
-                    threads, None,
+                    threads, None, made,
                 ).result()  # fmt: skip
         else:
             result, failures = verify(
                 spec, paths, ready.tokenizer_files, conversations, tools, device_name(), threads,
-                observer,
+                observer, made,
             )  # fmt: skip
-        write_answers(folder / "report", result)  # also of a run that failed, to see why
+        write_answers(folder / "report", result, failures)  # also of a run that failed, to see why
         if failures:
             raise VerificationError(
                 f"{len(failures)} checks failed, so nothing is published:\n{bullet_list(failures)}",
@@ -511,6 +647,28 @@ def _verify_note(result: dict[str, Any]) -> str:
     return "loss " + ", ".join(f"{k} {s['loss']:.3f}" for k, s in result["subjects"].items())
 
 
+def _add_cards(spec: Spec, ready: Ready, folder: Path, contents: dict[str, Any]) -> None:
+    """Write the cards and the Modelfile, and put them into the manifest's files."""
+    from jobs.export.card import cards, find_base_card, write_cards
+    from jobs.export.modelfile import write_modelfile
+
+    files: list[FileEntry] = contents["files"]
+
+    def add(path: Path) -> None:
+        name = path.relative_to(folder).as_posix()
+        files.append({"path": name, "size": path.stat().st_size, "sha256": sha256_of(path)})
+
+    if spec.export.gguf:
+        recipe = write_modelfile(folder / "gguf", spec.name, spec.export.gguf, ready.tokenizer)
+        if recipe:
+            add(recipe)
+    texts = cards(contents, find_base_card(ready.base))
+    write_cards(folder, texts)
+    for name in texts:
+        add(folder / name)
+    files.sort(key=lambda entry: entry["path"])
+
+
 def _manifest(
     spec: Spec, ready: Ready, folder: Path, done: dict[str, Done], threads: int
 ) -> dict[str, Any]:
@@ -530,7 +688,8 @@ def _manifest(
                 for o in ready.origins.found
             ],
             "threads": threads,
-            "identity": _identity(spec, ready),
+            # One of a given adapter is not what a run of this spec would make.
+            "identity": None if "given" in done["train"].result else _identity(spec, ready),
             "prepared": done["data"].content_key,
             "keys": {name: stage.key for name, stage in done.items()},
         },

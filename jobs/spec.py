@@ -36,8 +36,15 @@ PLACE_PATTERN = r"^[^\x00]+$"
 # llama.cpp's names for the file types that libllama can write (its enum llama_ftype), lower case.
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1",
-    "q4_k_m", "q4_k_s", "q4_0", "q4_1", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+    "q4_k_m", "q4_k_s", "q4_0", "q4_1", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s",
+    "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs",
+    "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
+
+# Those that libllama writes with an importance matrix only.
+NEED_IMATRIX = frozenset(
+    {"q2_k_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"}
+)
 
 
 # Cards whose memory is known (jobs/train/cards.py).
@@ -100,7 +107,8 @@ class Source(Section):
     """Use only the first so many records."""
     weight: Annotated[Float, Field(gt=0)] = 1.0
     """How often each conversation of this source is trained in an epoch: 2 is twice, 0.5 half of
-    them. Never applied to evaluation."""
+    them. In `data.replay`: how much likelier its conversations are drawn than another source's.
+    Never applied to evaluation."""
     split: str | None = None
     """The split to use. On the Hub the data set says which files are of it; in a folder those that
     are named after it: train, test, ..."""
@@ -129,11 +137,30 @@ Sources = Annotated[
 ]
 
 
+class Replay(Section):
+    sources: Sources
+    """Data like that which the base learned from: texts, of which each token is trained, or
+    conversations, which are labelled as those of `data.train`. Of a text longer than
+    `model.max_seq_length` its beginning is used."""
+    share: Annotated[Float, Field(gt=0, lt=1)] = 0.1
+    """Their part of all trained tokens, which is their weight in the loss. As many conversations as
+    that takes are drawn by the seed, each once at the most, and mixed with the others."""
+
+
 class Data(Section):
     train: Sources
     """Where the conversations come from; several sources are read one after another."""
     eval: Annotated[Float, Field(ge=0, lt=1)] | Sources = 0.0
     """The share of the conversations held out for evaluation, or sources of their own."""
+    retention: Sources | None = None
+    """What the model should not get worse at: texts or conversations, never trained on, whose loss is
+    measured before and after the training. Of a text every token counts; of one longer than
+    `model.max_seq_length` its beginning is used."""
+    retention_limit: Annotated[Float, Field(gt=0)] = 0.1
+    """The run warns where the loss on a source of `retention` rises by more than so many nats a
+    token. 0.1 is a perplexity 10.5 % higher."""
+    replay: Replay | None = None
+    """Mix such data into the training, so that the model forgets less."""
     loss_on: Literal["responses", "last_response", "all"] = "responses"
     """What is trained: every assistant turn with its end-of-turn token, only the last, or all."""
     too_long: Literal["drop", "truncate", "fail"] = "drop"
@@ -166,6 +193,13 @@ class Lora(Section):
     """Modules that are trained whole and saved with the adapter: embed_tokens, lm_head, norms."""
 
 
+class EarlyStopping(Section):
+    patience: Annotated[Int, Field(ge=1)] = 3
+    """So many evaluations one after another without a lower loss end the training."""
+    min_delta: Annotated[Float, Field(ge=0)] = 0.0
+    """By how much the loss must have fallen since the last that counted as lower, in nats."""
+
+
 class Train(Section):
     objective: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
@@ -194,10 +228,20 @@ class Train(Section):
     """Gradients are clipped to this norm."""
     eval_every: Annotated[Int, Field(ge=1)] | None = None
     """Evaluate every so many steps; without it, once per epoch."""
+    early_stopping: EarlyStopping | None = None
+    """End the training when the loss on the held-out data (`data.eval`) falls no more; `{}` for the
+    defaults."""
+    keep_best: bool | None = None
+    """Export the weights of the evaluation with the lowest loss, not the last ones. Unset: with
+    `early_stopping` the best, otherwise the last."""
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 3407
     """Seed of everything random: LoRA's start, dropout, the order of the data, the split."""
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
     """What runs the model: `auto` is unsloth on a GPU, transformers elsewhere."""
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.early_stopping is not None if self.keep_best is None else self.keep_best
 
 
 class Export(Section):
@@ -213,14 +257,34 @@ class Export(Section):
     update away."""
     gguf: list[GgufType] = []
     """GGUF files to make, by llama.cpp's names: q8_0, q4_k_m, ..."""
+    imatrix: bool = False
+    """Quantize with an importance matrix, made by sending some of the training data through the model:
+    what the run's own conversations use is kept best. Types of fewer than four bits gain most, and
+    the smallest (iq3_xs, iq3_xxs, iq2_*, iq1_*, q2_k_s) cannot be made without."""
+    gguf_max_gib: Annotated[Float, Field(gt=0)] | None = 46.0
+    """A GGUF file larger than this is split into several, NAME-Q8_0-00001-of-00002.gguf and so on,
+    of which llama.cpp is given the first: the Hub takes no file over 50 GB. null for never."""
+    adapter_gguf: bool = False
+    """The adapter alone as GGUF too, for `llama-server --lora` on the base's own GGUF."""
 
     @model_validator(mode="after")
     def _gguf_needs_merged(self) -> Self:
-        if self.gguf and self.merged != "16bit":
-            raise ValueError("gguf is made from 16-bit merged weights: set merged to 16bit")
+        if (self.gguf or self.adapter_gguf) and self.merged != "16bit":
+            what = "gguf is made from" if self.gguf else "adapter_gguf is proven on"
+            raise ValueError(f"{what} 16-bit merged weights: set merged to 16bit")
         if len(set(self.gguf)) != len(self.gguf):
             raise ValueError("gguf names a type twice")
+        needing = [kind for kind in self.gguf if kind in NEED_IMATRIX]
+        if needing and not self.imatrix:
+            raise ValueError(
+                f"gguf: {', '.join(needing)} cannot be made without an importance matrix: set imatrix "
+                "to true, or choose iq3_m, iq3_s, q2_k or a larger type"
+            )
         return self
+
+    @property
+    def needs_llama_cpp(self) -> bool:
+        return bool(self.gguf) or self.adapter_gguf
 
     def into_dequantized(self, load_in: str, loftq: bool) -> bool:
         """Whether the adapter is merged into the base as it was held while training."""
@@ -278,6 +342,27 @@ class Verify(Section):
     conversations of the evaluation (or training) data are asked."""
     max_new_tokens: Annotated[Int, Field(ge=1)] = 128
     """An answer that has not stopped by itself after so many tokens fails."""
+    max_kl: Annotated[Float, Field(gt=0)] | None = None
+    """A GGUF file fails whose predictions of the trained tokens are further from the 16-bit GGUF's:
+    mean KL divergence in nats per token. q8_0 is usually below 0.01, q4_k_m below 0.1."""
+    max_perplexity_increase: Annotated[Float, Field(gt=0)] | None = None
+    """A GGUF file fails whose perplexity on the trained tokens is higher than the 16-bit GGUF's by
+    more than this share: 0.05 is 5 %."""
+
+
+class Observe(Section):
+    track: list[Literal["wandb", "mlflow"]] = []
+    """Experiment trackers that get the curves besides TensorBoard, whose files are always in the run's
+    `logs/tensorboard`. Each has to be installed, and takes its address and credentials from its own
+    environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI). One that fails stops no run."""
+    metrics_port: Annotated[Int, Field(ge=1, le=65535)] | None = None
+    """Serve Prometheus metrics on this port, under /metrics, while the run goes on; 9400 is a usual
+    choice. null for not at all."""
+    price_per_gpu_hour: Annotated[Float, Field(gt=0)] | None = None
+    """What an hour of the machine costs, in any currency: the report then says what the run cost."""
+    report_rows: Annotated[Int, Field(ge=0, le=20)] = 4
+    """How many conversations of the training data the report shows, with what is trained of them; 0
+    for none, where the report goes further than the data may."""
 
 
 class HubTarget(Section):
@@ -340,6 +425,7 @@ class Spec(Section):
     export: Export = Export()
     checkpoints: Checkpoints = Checkpoints()
     verify: Verify = Verify()
+    observe: Observe = Observe()
     publish: list[Target] = []
     """Where the results go: a folder, `s3://bucket/prefix`, or `hub: owner/name`. The run's own
     folder always has them."""
@@ -364,6 +450,19 @@ class Spec(Section):
                 f"with {why}, export.merged: 4bit would quantize what was quantized before, which "
                 "rounds small updates away: set merged to 16bit or null"
             )
+        if self.export.adapter_gguf and (
+            self.lora.dora or self.lora.modules_to_save or self.lora.bias != "none"
+        ):
+            raise ValueError(
+                "export.adapter_gguf: llama.cpp's adapters hold the two low-rank matrices and no more, "
+                "so lora.dora, lora.bias and lora.modules_to_save cannot go with it; use export.gguf"
+            )
+        for field in ("early_stopping", "keep_best"):
+            if getattr(self.train, field) and not self.data.eval:
+                raise ValueError(
+                    f"train.{field} goes by the loss on held-out data: set data.eval, to 0.05 for "
+                    "instance"
+                )
         if self.train.group_by_length and self.train.packing:
             raise ValueError("train.group_by_length and train.packing exclude each other")
         return self

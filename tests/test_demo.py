@@ -26,7 +26,9 @@ def test_everything_is_published_and_listed_with_its_hash(demo: Path) -> None:
         if path.is_file() and path.name != "manifest.json"
     }
     assert there == set(listed)
-    assert {path.split("/")[0] for path in listed} == {"adapter", "merged", "gguf", "report"}
+    assert {path.split("/")[0] for path in listed} == {
+        "README.md", "adapter", "merged", "gguf", "report",
+    }  # fmt: skip
     for path, entry in listed.items():
         assert sha256_of(published / path) == entry["sha256"], path
         assert (published / path).stat().st_size == entry["size"], path
@@ -96,7 +98,8 @@ def test_another_quant_type_does_not_train_again(demo: Path) -> None:
     events = [json.loads(line) for line in result.out.splitlines()]
     done = [event["stage"] for event in events if event["event"] == "stage_done"]
     assert done == ["gguf", "verify"]
-    assert [path.name for path in (demo / "gguf").iterdir()] == ["demo-Q8_0.gguf"]
+    there = {path.name for path in (demo / "gguf").iterdir()}
+    assert there == {"demo-Q8_0.gguf", "Modelfile", "README.md"}
 
 
 def test_the_same_seed_gives_the_same_bytes(demo: Path, tmp_path: Path) -> None:

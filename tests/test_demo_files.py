@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import BASE, ROOT
 
 DEMO = ROOT / "examples" / "demo"
@@ -26,4 +28,11 @@ def test_the_tokenizer_is_what_make_base_trains(tmp_path: Path) -> None:
 def test_the_conversations_are_what_make_data_writes(tmp_path: Path) -> None:
     script("make_data.py", "--out", str(tmp_path))
     for name in ("data/persona.jsonl", "data/facts.json", "heldout.json"):
+        assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_what_is_retained_and_replayed_is_what_make_retention_writes(tmp_path: Path) -> None:
+    script("make_retention.py", "--out", str(tmp_path))
+    for name in ("data/retention.jsonl", "data/replay.jsonl"):
         assert (tmp_path / name).read_bytes() == (DEMO / name).read_bytes(), name

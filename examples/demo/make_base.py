@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 VOCAB_SIZE = 2048
 SEQUENCE = 256
+TRAINED_CONVERSATIONS, TRAINED_SEED = 300_000, 1
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 CONTROLS = (UNK, BOS, EOS)
@@ -401,9 +402,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0, help="stop after this time; 0: never")
     parser.add_argument("--batch", type=int, default=128, help="rows of 256 tokens in a step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--conversations", type=int, default=300_000)
+    parser.add_argument("--conversations", type=int, default=TRAINED_CONVERSATIONS)
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=TRAINED_SEED)
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     parser.add_argument("--tokenizer-only", action="store_true")
     parser.add_argument("--check-only", action="store_true", help="only ask the saved model")
