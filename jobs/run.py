@@ -29,7 +29,7 @@ from jobs.observe.events import Observer
 from jobs.observe.watchers import watch
 from jobs.preflight import Ready, preflight
 from jobs.secrets import guard_process
-from jobs.spec import Spec
+from jobs.spec import Lora, Spec, Train
 from jobs.stages import RECORDS, Done, Stages, write_whole
 from jobs.store import manifest
 from jobs.store.base import KeyStore, Store
@@ -445,6 +445,10 @@ def checkpoints_of(
             "max_seq_length": spec.model.max_seq_length,
             "lora": spec.lora.model_dump(mode="json"),
             "train": spec.train.model_dump(mode="json"),
+        },
+        defaults={
+            "lora": Lora().model_dump(mode="json"),
+            "train": Train().model_dump(mode="json"),
         },
         remote=ready.keeper,
         keep=spec.checkpoints.keep,

@@ -100,6 +100,20 @@ def move_one(source: ExampleWriter, target: ExampleWriter, index: int) -> None:
         setattr(source, name, [values[~moved]])
 
 
+def take_rows(source: Path, target: Path, chosen: NDArray[np.bool_]) -> None:
+    """Write the chosen examples of one file to another, a batch at a time."""
+    at = 0
+    with (
+        pa.OSFile(str(source), "rb") as file,
+        pa.ipc.new_stream(str(target), SCHEMA) as stream,
+    ):
+        for batch in pa.ipc.open_stream(file):
+            own = chosen[at : at + len(batch)]
+            at += len(batch)
+            if own.any():
+                stream.write_batch(batch.filter(pa.array(own)))
+
+
 def _lists(values: NDArray[np.int32], counts: NDArray[np.int32]) -> Any:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))

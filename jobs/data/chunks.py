@@ -30,6 +30,8 @@ class Recipe:
     max_seq_length: int
     too_long: str
     seed: int
+    cut_texts: bool = False
+    """Whether of a plain text that is too long the beginning is taken, whatever `too_long` says."""
 
 
 @dataclass
@@ -79,10 +81,13 @@ class Labeller:
             if len(row) > limit:
                 # Never cut through an answer: it would lose its end-of-turn token.
                 ends = [end for end in edges[1::2] if end <= limit]
-                if self._recipe.too_long != "truncate" or not ends:
+                if conversation.text is not None and self._recipe.cut_texts:
+                    row, edges = row[:limit], [edges[0], limit]
+                elif self._recipe.too_long != "truncate" or not ends:
                     too_long.append(index)
                     continue
-                row, edges = row[: ends[-1]], edges[: 2 * len(ends)]
+                else:
+                    row, edges = row[: ends[-1]], edges[: 2 * len(ends)]
                 cut += 1
             ids += row
             lengths.append(len(row))

@@ -58,7 +58,12 @@ class Origins:
 
 def find_origins(data: Data, connections: Connections) -> Origins:
     """Look where every source is. Raises AccessError where one is not there or cannot be read."""
-    sides = {"data.train": data.train, "data.eval": data.eval}
+    sides = {
+        "data.train": data.train,
+        "data.eval": data.eval,
+        "data.retention": data.retention,
+        "data.replay.sources": data.replay and data.replay.sources,
+    }
     found = []
     for side, sources in sides.items():
         for source in sources if isinstance(sources, list) else []:

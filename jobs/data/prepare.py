@@ -10,25 +10,27 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from jobs.data.arrow import ExampleWriter, move_one
+from jobs.data.arrow import ExampleWriter, move_one, take_rows
 from jobs.data.chunks import KEPT, Chunk, Recipe
 from jobs.data.conversation import BadRow, Conversation
 from jobs.data.files import DataFile, source_files
 from jobs.data.formats import detect_format, to_conversation
 from jobs.data.pool import CHUNK, Submit, cores, labelling
 from jobs.data.read import Row, read_rows
+from jobs.data.replay import draw
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import DataError, bullet_list
 from jobs.secrets import redact
-from jobs.spec import Data, RecordFormat, Source
+from jobs.spec import Data, RecordFormat, Replay, Source
 
 Advance = Callable[[int], None]
 FilesOf = Callable[[Source], Sequence[DataFile]]
@@ -62,7 +64,9 @@ def prepare(
     `files_of` knows the files of each source, also of one that had to be fetched.
 
     Writes train.arrow and eval.arrow (see jobs.data.arrow), order.npy where sources have weights,
-    and first.json, the first conversations. Raises DataError naming each row that cannot be used.
+    and first.json, the first conversations; where the spec has such, retention.arrow with
+    retention.json, which says how many rows each source has, and replay.arrow. Raises DataError
+    naming each row that cannot be used.
     """
     counts = Counts()
     share = data.eval if isinstance(data.eval, float) else 0.0
@@ -93,13 +97,108 @@ def prepare(
             f"nothing is left to train on{why if counts.too_long else ''}",
             "raise model.max_seq_length, or set data.too_long to truncate",
         )
-    _keep_order(data.train, train, recipe.seed, out)
+    order = _keep_order(data.train, train, recipe.seed, out)
+    summary = _summary(counts, train, held_out, recipe.max_seq_length)
+    held = held_out.places
+    if data.retention or data.replay:
+        with labelling(replace(recipe, cut_texts=True), tokenizer) as submit:
+            side = _Side(data, counts, submit, advance, files_of)
+            if data.retention:
+                retained, left_out = side.label(
+                    data.retention, "retention", out / "retention.arrow"
+                )
+                held = np.concatenate([held, retained.places])
+                summary["retention"] = _retention(data.retention, retained, out)
+                summary["retention_left_out"] = left_out
+                summary["in_train_and_retention"] = int(
+                    np.isin(retained.places, train.places).sum()
+                )
+                summary["longest"] = max(summary["longest"], int(retained.lengths.max()))
+            if data.replay:
+                others = int(train.trained[order].sum())
+                summary["replay"] = _replay(data.replay, side, others, held, out)
+                summary["longest"] = max(summary["longest"], summary["replay"]["longest"])
     conversations = {
         side: [{"messages": c.messages, "tools": c.tools} for c in found[:KEPT]]
         for side, found in kept.items()
     }
     (out / "first.json").write_text(json.dumps(conversations, ensure_ascii=False), "utf-8")
-    return _summary(counts, train, held_out, recipe.max_seq_length)
+    return summary
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What is labelled beside the training and the evaluation data, and counted apart from them."""
+
+    data: Data
+    counts: Counts
+    submit: Submit
+    advance: Advance
+    files_of: FilesOf
+
+    def label(self, sources: list[Source], side: str, path: Path) -> tuple[ExampleWriter, int]:
+        """Label all rows of the sources; returns how many had to be left out, too. Raises DataError
+        where a source has none that can be used."""
+        own = Counts()
+        with ExampleWriter(path) as writer:
+
+            def take(chunk: Chunk, number: int, sources: Sequence[Source], side: str) -> None:
+                whole = np.ones(len(chunk.places), bool)
+                writer.add(chunk.ids, chunk.lengths, chunk.spans, chunk.span_counts, chunk.places, whole, number)  # fmt: skip
+
+            _label_all(
+                sources, side, self.data, own, self.submit, take, self.advance, self.files_of
+            )
+        self.counts.sources += own.sources
+        for number, source in enumerate(sources):
+            if not (writer.sources == number).any():
+                raise DataError(
+                    f"data.{side}: no row of {source.source} can be used"
+                    + (f": {own.too_long} are too long" if own.too_long else ""),
+                    "raise model.max_seq_length, or name other data",
+                )
+        return writer, own.too_long + own.bad
+
+
+def _retention(sources: list[Source], writer: ExampleWriter, out: Path) -> list[dict[str, Any]]:
+    """Keep which rows are of which source; returns the summary."""
+    found = [
+        {
+            "source": source.source,
+            "rows": int((own := writer.sources == number).sum()),
+            "tokens": int(writer.lengths[own].sum()),
+            "measured_tokens": int(writer.trained[own].sum()),
+        }
+        for number, source in enumerate(sources)
+    ]
+    (out / "retention.json").write_text(json.dumps(found), "utf-8")
+    return found
+
+
+def _replay(
+    replay: Replay, side: _Side, others: int, held: NDArray[np.float64], out: Path
+) -> dict[str, Any]:
+    """Draw what is trained beside `others` tokens, none of it `held`; returns the summary."""
+    everything = out / "all.arrow"
+    writer, left_out = side.label(replay.sources, "replay", everything)
+    chosen = draw(writer, replay.sources, replay.share, others, held)
+    if not chosen.any():
+        raise DataError(
+            "data.replay: all of it is held out for evaluation or retention", "name other data"
+        )
+    take_rows(everything, out / "replay.arrow", chosen)
+    everything.unlink()
+    trained = int(writer.trained[chosen].sum())
+    return {
+        "rows": int(chosen.sum()),
+        "of": writer.rows,
+        "left_out": left_out,
+        "held_out": int(np.isin(writer.places, held).sum()),
+        "tokens": int(writer.lengths[chosen].sum()),
+        "trained_tokens": trained,
+        "share": round(trained / (trained + others), 4),
+        "longest": int(writer.lengths[chosen].max()),
+    }
 
 
 Take = Callable[[Chunk, int, Sequence[Source], str], None]
@@ -199,13 +298,15 @@ def _refuse_bad(counts: Counts, allowed: float) -> None:
     )
 
 
-def _keep_order(sources: list[Source], train: ExampleWriter, seed: int, out: Path) -> None:
-    """Where sources have weights, which examples an epoch has: order.npy, indices into train.
+def _keep_order(
+    sources: list[Source], train: ExampleWriter, seed: int, out: Path
+) -> NDArray[np.int64]:
+    """Which examples an epoch has, indices into train; kept where sources have weights: order.npy.
 
     A weight's whole part is so many copies, its fraction a sample that the seed draws.
     """
     if all(source.weight == 1 for source in sources):
-        return
+        return np.arange(train.rows)
     random = np.random.default_rng(seed)
     indices = []
     for number, source in enumerate(sources):
@@ -213,7 +314,9 @@ def _keep_order(sources: list[Source], train: ExampleWriter, seed: int, out: Pat
         whole, fraction = divmod(source.weight, 1)
         sample = random.permutation(own)[: round(fraction * len(own))]
         indices += [own] * int(whole) + [np.sort(sample)]
-    np.save(out / "order.npy", np.concatenate(indices).astype(np.int64))
+    order = np.concatenate(indices).astype(np.int64)
+    np.save(out / "order.npy", order)
+    return order
 
 
 def _summary(

@@ -29,12 +29,14 @@ PREFIX = "checkpoint-"  # the name of a folder is transformers', with the step b
 class Checkpoints:
     """The checkpoints of one training, below `folder`, and below `checkpoints/` in `remote`.
 
-    `inputs` is what the training is made from: only a checkpoint of the same is gone on with.
+    `inputs` is what the training is made from: only a checkpoint of the same is gone on with. An
+    older lorajob's lacks the fields that it did not know: they had the `defaults`.
     `guard` raises where this process may not write to the store any more.
     """
 
     folder: Path
     inputs: dict[str, Any]
+    defaults: dict[str, Any] = field(default_factory=dict)
     remote: KeyStore | None = None
     keep: int = 2
     if_changed: str = "fail"
@@ -67,7 +69,8 @@ class Checkpoints:
             marker = self._fetched(name, folder) if name else _marker(folder)
             if marker is None:
                 continue
-            if marker.get("inputs") == self.inputs:
+            inputs = filled(marker.get("inputs", {}), self.defaults)
+            if inputs == self.inputs:
                 if self.remote and not any(each == folder.name for _, _, each in found):
                     self._send_soon(folder)  # the start that made it ended before it was sent
                 else:
@@ -76,7 +79,7 @@ class Checkpoints:
                 return folder
             other = other or marker
         if other and self.if_changed == "fail":
-            changes = differences(other.get("inputs", {}), self.inputs)
+            changes = differences(filled(other.get("inputs", {}), self.defaults), self.inputs)
             raise SpecError(
                 f"the checkpoint of step {other.get('step')} is of another training; what has changed "
                 f"(there, now):\n{bullet_list(changes)}",
@@ -270,6 +273,17 @@ def _marker(folder: Path, check: bool = True) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return marker if whole and isinstance(marker, dict) else None
+
+
+def filled(inputs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, with a default wherever a field is missing."""
+    missing = {name: value for name, value in defaults.items() if name not in inputs}
+    deeper = {
+        name: filled(value, defaults[name])
+        for name, value in inputs.items()
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+    }
+    return {**inputs, **deeper, **missing}
 
 
 def differences(there: Any, now: Any, name: str = "") -> list[str]:

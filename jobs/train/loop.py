@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from jobs.train.engines import engine
 from jobs.train.figures import gpu_figures, in_words
 from jobs.train.fit import Plan, is_out_of_memory, whole
 from jobs.train.isolation import choose_collate
-from jobs.train.loss import evaluate, on_device, trained_logits
+from jobs.train.loss import on_device, trained_logits
 from jobs.train.progress import Progress
-from jobs.train.rows import lengths_of, load_rows, pack_rows
+from jobs.train.retention import is_cheap, load_retained, result_of, warn_of_forgetting
+from jobs.train.rows import lengths_of, load_epoch, load_rows, pack_rows
 from jobs.train.runtime import device_name
 from jobs.train.trainer import Trainer, arguments_of
 from jobs.train.trial import (
@@ -63,14 +65,13 @@ def train(
     device = device_name()
     set_seed(spec.train.seed)
     found = checkpoints.newest()  # before anything is loaded: the spec may have changed
-    train_rows = load_rows(data / "train.arrow")
+    train_rows = conversations = load_epoch(data)
     eval_rows = load_rows(data / "eval.arrow")
-    assert train_rows is not None
-    conversations = train_rows
+    retained = load_retained(data)
     if spec.train.packing:
         train_rows = pack_rows(train_rows, spec.model.max_seq_length)
     lengths: list[int] = lengths_of(train_rows).tolist()
-    progress = Progress(observer, spec.checkpoints, spec.train.seed, sum(lengths))
+    progress = Progress(observer, spec, sum(lengths), retained)
     if found:
         progress.take_up(found)
         observer.event("resumed", checkpoint=found.name)
@@ -102,6 +103,8 @@ def train(
         )
         trainer.progress, trainer.checkpoints, progress.trainer = progress, checkpoints, trainer
         trainer.group_by_length = spec.train.group_by_length
+        between = trainer.args.eval_steps * spec.train.batch_size / len(train_rows)
+        trainer.retention_between = is_cheap(retained, between * sum(lengths))
         for callback in ("ProgressCallback", "PrinterCallback"):
             trainer.callback_handler.callbacks = [
                 each
@@ -117,38 +120,38 @@ def train(
         progress.plan = fit(trainer, train_rows, lengths, spec, left, unpacked)
         observer.event("plan", **progress.plan.as_json(), unpacked=unpacked)
         trainer = trainer_of(progress.plan)
-    if eval_rows and not found:
-        with engine().with_logits():
-            progress.eval_loss_before = round(
-                evaluate(model, trainer.eval_batches(), trainer.args.device, stop.check)[0], 6
-            )
     gc.collect()
     gc.freeze()  # the model, too: a full collection takes a third of a second, and came every few steps
-    started = time.monotonic()
-    trainer = _run(trainer, trainer_of, found, train_rows, lengths, tried=device == "cuda")
-    seconds = time.monotonic() - started
-    if eval_rows and not progress.evaluated(trainer.state.global_step):
-        trainer.evaluate()
+    trainer, ended = _run(trainer, trainer_of, found, train_rows, lengths, tried=device == "cuda")
+    steps = trainer.state.global_step
+    stopped_early = steps < trainer.state.max_steps
+    retention = result_of(retained, progress.retention_before, ended.retention)
+    warn_of_forgetting(retention, spec.data.retention_limit, bool(spec.data.replay), observer)
     model.eval()
     model.save_pretrained(out / "adapter")
     probe_rows = eval_rows or conversations
     with engine().with_logits():
         _keep_probe(
-            model, probe_rows, PadBatch(tokenizer.pad_id), out / "probe.safetensors", device
-        )
+            model, probe_rows, PadBatch(tokenizer.pad_id), out / "probe.safetensors", device,
+            progress.plan.tokens,
+        )  # fmt: skip
     losses = [entry["loss"] for entry in progress.history if "loss" in entry]
-    evals = [entry["eval_loss"] for entry in progress.history if "eval_loss" in entry]
+    exported = progress.evaluation(ended.step)
     speeds = [e["tokens_per_second"] for e in progress.history if "tokens_per_second" in e]
     speed = speeds[-1] if speeds else None
     gpu = None
     if device == "cuda":
-        gpu = gpu_figures(weights, speed, seconds)
+        gpu = gpu_figures(weights, speed, progress.seconds)
         observer.event("gpu", text=in_words(gpu), **gpu)
     return {
-        "steps": trainer.state.global_step,
+        "steps": steps,
+        "max_steps": trainer.state.max_steps,
+        "stopped_early": stopped_early,
+        "best_step": ended.step if spec.train.keeps_best else None,
         "train_loss": round(sum(losses) / len(losses), 6),
         "eval_loss_before": progress.eval_loss_before,
-        "eval_loss": evals[-1] if evals else None,
+        "eval_loss": exported["eval_loss"] if exported else None,
+        "retention": retention,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tokens_per_second": speed,
         "device": device,
@@ -159,6 +162,14 @@ def train(
     }
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What the training ended with: the step whose weights the model has, and what it retained."""
+
+    step: int
+    retention: list[float]
+
+
 def _run(
     trainer: Trainer,
     trainer_of: Callable[[Plan], Trainer],
@@ -166,10 +177,12 @@ def _run(
     rows: Dataset,
     lengths: list[int],
     tried: bool,
-) -> Trainer:
-    """Train to the end, from a checkpoint where there is one; returns the trainer that got there.
+) -> tuple[Trainer, Ended]:
+    """Train to the end, from a checkpoint where there is one, and measure before, in between and
+    after; returns the trainer that got there.
 
-    `tried` says that the plan has been seen to fit. Where memory runs out, the step is taken in smaller parts, from where training had got to.
+    `tried` says that the plan has been seen to fit. Where memory runs out, in training or measuring,
+    it goes on in smaller parts from where it had got to.
     """
     progress = trainer.progress
     longest = max(lengths)
@@ -177,18 +190,22 @@ def _run(
         try:
             if smaller or not (found or tried):
                 try_part(trainer, rows, lengths, progress.plan.tokens)
+            if not progress.has_begun:
+                _measure_before(trainer)
             _train_from(trainer, found)
-            return trainer
+            return trainer, _end(trainer)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             why = str(error).splitlines()[0]
         plan = progress.plan.smaller(longest)
         if plan is None or smaller == SMALLER_PLANS:
+            measured = trainer.measured
+            most = longest if measured is None else int(lengths_of(measured).max())
             raise DoesNotFitError(
-                f"memory runs out with {progress.plan.tokens} tokens at a time, and the longest row "
-                f"has {longest}: {why}",
-                f"lower model.max_seq_length below {longest}, load the base in 4bit, lower lora.rank, "
+                f"memory runs out {'training' if measured is None else 'evaluating'} with "
+                f"{progress.plan.tokens} tokens at a time, and the longest row has {most}: {why}",
+                f"lower model.max_seq_length below {most}, load the base in 4bit, lower lora.rank, "
                 "or take a device with more memory",
             )
         progress.observer.warn(
@@ -196,7 +213,8 @@ def _run(
         )
         step = trainer.state.global_step
         if step and step != _step_of(found):
-            trainer._save_checkpoint(trainer.model, None)
+            if not _is_kept(trainer):
+                trainer._save_checkpoint(trainer.model, None)
             found = trainer.checkpoints.newest()
         progress.plan = plan
         trainer.optimizer = trainer.lr_scheduler = None
@@ -205,36 +223,84 @@ def _run(
     raise AssertionError
 
 
+def _measure_before(trainer: Trainer) -> None:
+    loss = None
+    if trainer.eval_dataset is not None:
+        loss = round(trainer.measure(trainer.eval_dataset)[0], 6)
+    trainer.progress.begun(loss, trainer.measure_retention())
+
+
+def _end(trainer: Trainer) -> Ended:
+    """Measure what is left to measure, and settle which weights are exported."""
+    progress, last = trainer.progress, trainer.state.global_step
+    if trainer.eval_dataset is not None and not progress.evaluation(last):
+        trainer.evaluate()
+    step = progress.put_best_back(last)
+    if last < trainer.state.max_steps:
+        progress.observer.event(
+            "stopped_early", step=last, of=trainer.state.max_steps, best_step=step
+        )
+    losses: list[float] | None = (progress.evaluation(step) or {}).get("retention")
+    if losses is None:
+        losses = trainer.measure_retention()
+        progress.tell_retention(step, losses)
+    return Ended(step, losses)
+
+
 def _step_of(folder: Path | None) -> int:
     return int(folder.name.removeprefix(PREFIX)) if folder else 0
 
 
 def _train_from(trainer: Trainer, found: Path | None) -> None:
-    state = TrainerState.load_from_json(str(found / "trainer_state.json")) if found else None
-    if found and state and state.global_step >= state.max_steps:
-        # Only what came after training is missing; transformers would do one more step.
-        trainer._load_from_checkpoint(str(found))
-        trainer.state = state
-        return
+    if found and _is_at_the_end(trainer, found):
+        return  # only what came after training is missing; transformers would do one more step
+    started = time.monotonic()
     try:
         # Within a step nothing may be interrupted: the weights would be half of one step and half
         # of the next. `stop.check` stands where everything is consistent.
         with stop.deferred():
             trainer.train(resume_from_checkpoint=str(found) if found else None)
     except stop.Stop:
-        step = trainer.state.global_step
-        marker = trainer.checkpoints.folder / f"{PREFIX}{step}" / MARKER
-        if step and not marker.exists():
+        if trainer.state.global_step and not _is_kept(trainer):
             trainer._save_checkpoint(trainer.model, None)
         raise
+    finally:
+        trainer.progress.seconds += time.monotonic() - started
+
+
+def _is_at_the_end(trainer: Trainer, found: Path) -> bool:
+    """Whether the checkpoint is the training's last one; the trainer is then as it was there.
+
+    An evaluation that was stopped in the middle is done again first: it may be the one that ends it.
+    """
+    progress, arguments = trainer.progress, trainer.args
+    state = TrainerState.load_from_json(str(found / "trainer_state.json"))
+    due = arguments.eval_strategy != "no" and state.global_step % int(arguments.eval_steps) == 0
+    missing = due and not progress.evaluation(state.global_step)
+    ended = state.global_step >= state.max_steps
+    if missing or ended or progress.is_exhausted:
+        trainer._load_from_checkpoint(str(found))
+        trainer.state = state
+    if missing:
+        trainer.evaluate()
+    return ended or progress.is_exhausted
+
+
+def _is_kept(trainer: Trainer) -> bool:
+    """Whether there is a whole checkpoint of where the trainer is."""
+    name = f"{PREFIX}{trainer.state.global_step}"
+    return (trainer.checkpoints.folder / name / MARKER).exists()
 
 
 @torch.no_grad()
 def _keep_probe(
-    model: PeftModel, rows: Dataset, collate: PadBatch, path: Path, device: str
+    model: PeftModel, rows: Dataset, collate: PadBatch, path: Path, device: str, tokens: int
 ) -> None:
-    """Keep some conversations with the logits that training ended with."""
+    """Keep some conversations with the logits that training ended with: as many as are no more than
+    so many tokens, which are known to fit."""
     items = [dict(rows[index]) for index in range(min(PROBES, len(rows)))]
+    while len(items) > 1 and len(items) * max(len(i["input_ids"]) for i in items) > tokens:
+        items.pop()
     batch = collate(items)  # type: ignore[arg-type]
     logits, targets = trained_logits(model, on_device(batch, device), PROBED)
     assert IGNORE not in targets

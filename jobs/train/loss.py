@@ -11,7 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from jobs.data.labels import IGNORE
 
-ROWS = 1024  # of logits at a time: float32 over 128 thousand tokens, they take half a GiB
+ROWS = 1024  # of logits at a time,
+BYTES = 512 * 2**20  # and no more of them in float32 than this: 1024 over 128 thousand tokens
 
 
 def trained_logits(
@@ -86,14 +87,21 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    rows = rows_at_once(model)
     total, count = 0.0, 0
     for batch in batches:
-        for logits, targets in in_chunks(model, on_device(batch, device), ROWS):
+        for logits, targets in in_chunks(model, on_device(batch, device), rows):
             total += cross_entropy(logits, targets, reduction="sum").item()
             count += targets.numel()
         between()
     model.train(was_training)
     return (total / count if count else float("nan")), count
+
+
+def rows_at_once(model: Any) -> int:
+    """How many tokens' logits are held at a time, whatever the vocabulary."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return max(1, min(ROWS, BYTES // (4 * vocabulary)))
 
 
 def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from jobs.data.labels import labels_of
 from jobs.data.pack import pack
@@ -19,11 +19,24 @@ def load_rows(path: Path) -> Dataset | None:
 
     Beside train.arrow, order.npy says which rows an epoch has where sources have weights.
     """
+    rows = _load(path)
+    return rows.with_transform(_with_labels) if len(rows) else None
+
+
+def load_epoch(folder: Path) -> Dataset:
+    """What an epoch trains: the training rows, and after them those of replay where there are such.
+    The trainer shuffles them."""
+    rows = _load(folder / "train.arrow")
+    replay = folder / "replay.arrow"
+    if replay.exists():
+        rows = concatenate_datasets([rows, _load(replay)])
+    return rows.with_transform(_with_labels)
+
+
+def _load(path: Path) -> Dataset:
     rows = Dataset.from_file(str(path))
     order = path.with_name("order.npy")
-    if path.stem == "train" and order.exists():
-        rows = rows.select(np.load(order))
-    return rows.with_transform(_with_labels) if len(rows) else None
+    return rows.select(np.load(order)) if path.stem == "train" and order.exists() else rows
 
 
 def _with_labels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import bitsandbytes
 import torch
+from datasets import Dataset
 from transformers import TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -74,21 +75,38 @@ class Trainer(Base):  # type: ignore[misc]
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        with engine().with_logits():
-            loss, tokens = evaluate(
-                self.model, self.eval_batches(), self.args.device, between=stop.check
-            )
-        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": float(tokens)}
+        loss, tokens = self.measure(self.eval_dataset)
+        metrics = {"eval_loss": loss, "eval_tokens": float(tokens)}
+        if self.retention_between:
+            # Before anything is told: where it is stopped in between, all of it is done again.
+            losses = self.measure_retention()
+            metrics |= {f"eval_retention_{number}": each for number, each in enumerate(losses)}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
 
-    def eval_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The held-out rows, in parts that fit as training's do."""
-        for step in self.get_eval_dataloader():
+    def measure(self, rows: Dataset) -> tuple[float, int]:
+        """The loss on some rows, in parts that fit as training's do, and how many tokens it is of."""
+        self.measured = rows
+        # Computed in the same precision before, in and after the training: accelerate wraps the
+        # model only in it.
+        with engine().with_logits(), self.compute_loss_context_manager():
+            found = evaluate(self.model, self._parts(rows), self.args.device, self._between)
+        self.measured = None
+        return found
+
+    def measure_retention(self) -> list[float]:
+        return [round(self.measure(each.rows)[0], 6) for each in self.progress.retained]
+
+    def _parts(self, rows: Dataset) -> Iterator[dict[str, torch.Tensor]]:
+        for step in self.get_eval_dataloader(rows):
             yield from step["parts"]
+
+    def _between(self) -> None:
+        stop.check()
+        self.progress.observer.beat("evaluating")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one beside each checkpoint, about a model that nobody will see."""
@@ -115,6 +133,10 @@ class Trainer(Base):  # type: ignore[misc]
     progress: Progress
     checkpoints: Checkpoints
     group_by_length: bool = False
+    retention_between: bool = False
+    """Whether each evaluation measures retention, too."""
+    measured: Dataset | None = None
+    """The rows that are just being measured."""
 
 
 class ByLength(LengthGroupedSampler):  # type: ignore[misc]

@@ -21,7 +21,7 @@ from jobs.spec import Spec
 from jobs.store.hashing import sha256_of
 from jobs.store.local import LocalStore
 from jobs.train import loop, progress, trainer
-from jobs.train.checkpoints import MARKER, Checkpoints
+from jobs.train.checkpoints import MARKER, Checkpoints, filled
 from tests.conftest import BASE, ROOT
 
 DATA = ROOT / "examples" / "demo" / "data" / "persona.jsonl"
@@ -282,3 +282,12 @@ def test_a_store_that_fails_does_not_stop_the_training(
     assert result["steps"] == STEPS
     assert told
     assert "could not be kept in the store" in told[0]
+
+
+def test_a_checkpoint_of_an_older_lorajob_lacks_fields_that_had_their_defaults() -> None:
+    defaults = {"train": {"seed": 1, "new": None}, "lora": {"dora": False}}
+    older = {"base": "b", "train": {"seed": 2}, "lora": {}}
+    assert filled(older, defaults) == {
+        "base": "b", "train": {"seed": 2, "new": None}, "lora": {"dora": False},
+    }  # fmt: skip
+    assert older == {"base": "b", "train": {"seed": 2}, "lora": {}}

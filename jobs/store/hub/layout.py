@@ -60,7 +60,12 @@ def keys_of(part: Part, paths: Iterable[str]) -> dict[str, str]:
     for path in paths:
         if part != "main":
             found[path] = f"{part}/{path}"
-        elif path in (NAME, CARD) or path.partition("/")[0] in ("adapter", "gguf", "report", "logs"):
+        elif path in (NAME, CARD) or path.partition("/")[0] in (
+            "adapter",
+            "gguf",
+            "report",
+            "logs",
+        ):
             found[path] = path
         else:
             found[path] = f"{root}/{path}"
