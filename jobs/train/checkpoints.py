@@ -36,12 +36,12 @@ class Checkpoints:
 
     folder: Path
     inputs: dict[str, Any]
-    defaults: dict[str, Any] = field(default_factory=dict)
     remote: KeyStore | None = None
     keep: int = 2
     if_changed: str = "fail"
     tell: Callable[[str], None] = lambda text: None
     guard: Callable[[], None] = lambda: None
+    defaults: dict[str, Any] = field(default_factory=dict)
     safe: str | None = None
     """What would be gone on with after this process: for people."""
     sent_bytes: int = 0
@@ -101,7 +101,7 @@ class Checkpoints:
         marker = self.remote.read_json(f"checkpoints/{name}/{MARKER}")
         if not isinstance(marker, dict) or not isinstance(marker.get("files"), list):
             return None
-        if marker.get("inputs") != self.inputs:
+        if filled(marker.get("inputs", {}), self.defaults) != self.inputs:
             return marker
         prefix = f"checkpoints/{name}/"
         wanted = {f"{prefix}{file['path']}" for file in marker["files"]}
