@@ -111,7 +111,7 @@ PLACES: list[tuple[str, str | None, Callable[[Child], Any]]] = [
     ("saving a checkpoint", "train", lambda c: c.wait_for(a("train_step", step=4))),
     ("merging", "merge", lambda c: c.wait_for(a("stage_start", stage="merge"))),
     ("converting", "gguf", lambda c: child_process(c, "convert_hf_to_gguf")),
-    ("quantizing", "gguf", lambda c: child_process(c, "llama/worker.py")),
+    ("quantizing", "gguf", lambda c: child_process(c, "llama.worker")),
     ("verifying", "verify", lambda c: c.wait_for(a("stage_start", stage="verify"))),
     ("uploading", "verify", lambda c: c.wait_for(a("stage_done", stage="verify"))),
 ]

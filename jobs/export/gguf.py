@@ -125,7 +125,9 @@ class _Making:
     def _convert(self, precision: str) -> None:
         begins = self.extras.begins_with_bos
         with TemporaryDirectory(dir=self.out, prefix=".merged-") as name:
-            folder = Path(name)
+            # The converter writes the folder's name into the file, which is to be the same each time.
+            folder = Path(name) / "merged"
+            folder.mkdir()
             for path in self.merged.iterdir():
                 (folder / path.name).symlink_to(path.resolve())
             if not begins:
@@ -212,14 +214,16 @@ def make_adapter_gguf(base: Path, adapter: Path, target: Path, tools: Path, log:
     if config.get("use_rslora"):
         # llama.cpp scales by alpha / rank, whatever the adapter says.
         config.update(use_rslora=False, lora_alpha=config["lora_alpha"] * math.sqrt(config["r"]))
-    with TemporaryDirectory(dir=target.parent, prefix=".adapter-") as folder:
+    with TemporaryDirectory(dir=target.parent, prefix=".adapter-") as name:
+        folder = Path(name) / "adapter"
+        folder.mkdir()
         weights = "adapter_model.safetensors"
         if config.get("fan_in_fan_out"):
-            _turn(base, adapter / weights, Path(folder) / weights)
+            _turn(base, adapter / weights, folder / weights)
         else:
-            (Path(folder) / weights).symlink_to((adapter / weights).resolve())
-        (Path(folder) / "adapter_config.json").write_text(json.dumps(config), "utf-8")
-        client.convert_adapter(tools, base, Path(folder), target, log)
+            (folder / weights).symlink_to((adapter / weights).resolve())
+        (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
+        client.convert_adapter(tools, base, folder, target, log)
     return client.count_tensors(tools, target, log)
 
 
