@@ -52,6 +52,10 @@ class Checkpoints:
 
     # --- finding
 
+    def _made_from(self, marker: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint's training was made from, as this lorajob would say it."""
+        return filled(marker.get("inputs", {}), self.defaults)
+
     def newest(self) -> Path | None:
         """The newest whole checkpoint of this training, here; fetched where it is elsewhere.
 
@@ -69,8 +73,7 @@ class Checkpoints:
             marker = self._fetched(name, folder) if name else _marker(folder)
             if marker is None:
                 continue
-            inputs = filled(marker.get("inputs", {}), self.defaults)
-            if inputs == self.inputs:
+            if self._made_from(marker) == self.inputs:
                 if self.remote and not any(each == folder.name for _, _, each in found):
                     self._send_soon(folder)  # the start that made it ended before it was sent
                 else:
@@ -79,7 +82,7 @@ class Checkpoints:
                 return folder
             other = other or marker
         if other and self.if_changed == "fail":
-            changes = differences(filled(other.get("inputs", {}), self.defaults), self.inputs)
+            changes = differences(self._made_from(other), self.inputs)
             raise SpecError(
                 f"the checkpoint of step {other.get('step')} is of another training; what has changed "
                 f"(there, now):\n{bullet_list(changes)}",
@@ -101,7 +104,7 @@ class Checkpoints:
         marker = self.remote.read_json(f"checkpoints/{name}/{MARKER}")
         if not isinstance(marker, dict) or not isinstance(marker.get("files"), list):
             return None
-        if filled(marker.get("inputs", {}), self.defaults) != self.inputs:
+        if self._made_from(marker) != self.inputs:
             return marker
         prefix = f"checkpoints/{name}/"
         wanted = {f"{prefix}{file['path']}" for file in marker["files"]}
