@@ -38,6 +38,11 @@ class Room:
         whole = min(self.card.bytes, int(limit * GIB)) if limit else self.card.bytes
         return whole - self.card.used - CONTEXT
 
+    @property
+    def most(self) -> int:
+        """The most tokens that a step can have."""
+        return self.longest * self.spec.train.batch_size
+
     def takes(self, plan: Plan, unpacked: bool = False) -> Estimate:
         spec = as_unpacked(self.spec) if unpacked else self.spec
         return reckon(self.shape, spec, plan, self.longest, self.engine, self.card.bytes)
@@ -45,24 +50,24 @@ class Room:
     @cached_property
     def unpacked(self) -> bool:
         """Whether the run would hold a 4-bit base unpacked."""
-        most = self.longest * self.spec.train.batch_size
         return holds_unpacked(
-            self.shape, self.spec, most, self.longest, self.free, self.engine, self.card.bytes
+            self.shape, self.spec, self.most, self.longest, self.free, self.engine, self.card.bytes
         )
 
     @cached_property
     def plan(self) -> Plan:
         """What the run would choose, were the card as reckoned."""
-        most = self.longest * self.spec.train.batch_size
         return find_plan(
-            most, self.longest, self.free, lambda plan: self.takes(plan, self.unpacked).allocated
+            self.most,
+            self.longest,
+            self.free,
+            lambda plan: self.takes(plan, self.unpacked).allocated,
         )
 
     @property
     def largest(self) -> Plan:
         """What it would choose with all the memory there is."""
-        most = self.longest * self.spec.train.batch_size
-        return Plan(min(most, max(ENOUGH, self.longest)))
+        return Plan(min(self.most, max(ENOUGH, self.longest)))
 
     @property
     def least(self) -> Estimate:

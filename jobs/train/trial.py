@@ -88,16 +88,15 @@ def fit(
         try_part(trainer, rows, lengths, plan.tokens)
         return int(torch.cuda.max_memory_allocated()) + states
 
-    shape = _shape_of(model)
+    shape, longest = _shape_of(model), max(lengths)
     reckoned = None
     if shape:
         held = as_unpacked(spec) if unpacked else spec
-        longest = max(lengths)
 
         def reckoned(plan: Plan) -> int:
             return reckon(shape, held, plan, longest, engine_name(), left).allocated
 
-    plan = find_plan(whole(lengths, spec.train.batch_size), max(lengths), left, peak, reckoned)
+    plan = find_plan(whole(lengths, spec.train.batch_size), longest, left, peak, reckoned)
     free_memory()
     return plan
 
