@@ -48,17 +48,19 @@ FROM build AS llama
 WORKDIR /src
 COPY pyproject.toml requirements-cpu.lock requirements.lock ./
 COPY image/packages.py image/
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/cache/pip \
     --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     python3 image/packages.py list tools > tools.txt \
-    && /pip/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r tools.txt
+    && PIP_CACHE_DIR=/cache/pip /pip/bin/python -m pip install -q --disable-pip-version-check \
+        --require-hashes --no-deps -r tools.txt
 COPY entrypoint.py ./
 COPY jobs jobs
 # The builder keeps what it made under a key of all that went into it: when other parts of lorajob
 # change, this takes a second.
-RUN --mount=type=cache,target=/root/.cache/lorajob \
+RUN --mount=type=cache,target=/cache/lorajob \
     --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
-    /pip/bin/python entrypoint.py tools --log json \
+    export LORAJOB_CACHE=/cache/lorajob PIP_CACHE_DIR=/cache/pip \
+    && /pip/bin/python entrypoint.py tools --log json \
     && mkdir -p /opt/lorajob \
     && cp -a "$(/pip/bin/python -c 'from jobs.export.llama.build import find_tools; print(find_tools())')" \
         /opt/lorajob/llama.cpp \
@@ -82,14 +84,14 @@ ARG VARIANT
 # pip compiles to bytecode, without which a start takes 10 seconds longer on a root that is read-only.
 COPY --from=list /src/image /opt/lorajob/image
 # hadolint ignore=DL3008
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/cache/pip \
     --mount=type=secret,id=pip,target=/etc/pip.conf,required=false \
     export DEBIAN_FRONTEND=noninteractive \
     && apt-get update -q \
     && apt-get install -qy --no-install-recommends python3-venv \
     && python3 -m venv /pip \
     && python3 -m venv --without-pip /opt/lorajob/venv \
-    && /pip/bin/python -m pip --python /opt/lorajob/venv/bin/python install -q \
+    && PIP_CACHE_DIR=/cache/pip /pip/bin/python -m pip --python /opt/lorajob/venv/bin/python install -q \
         --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
         -r /opt/lorajob/image/packages.txt \
     && site=$(/opt/lorajob/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
