@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -241,9 +242,13 @@ def resize(folder: Path, megabytes: float) -> None:
 def fill(folder: Path, leave: int) -> Path:
     """Take what is free there, but for so many bytes."""
     filler = folder / "filler"
-    free = shutil.disk_usage(folder).free
     with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, free - leave))
+        taken = 0
+        while (more := shutil.disk_usage(folder).free - leave) > 0:
+            # The run beside it writes too, and may have taken what was free a moment ago.
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), taken, more)
+                taken += more
     return filler
 
 
@@ -253,9 +258,10 @@ FULL: list[tuple[str, Callable[[Child], Any], int, str]] = [
     ("data", lambda c: c.wait_for(a("stage_start", stage="data")), 200_000, ".building-data"),
     ("train", lambda c: c.wait_for(a("checkpoint", step=2)), 200_000, "checkpoint-"),
     ("train", lambda c: c.wait_for(a("checkpoint", step=4)), 500_000, "checkpoint-"),
-    ("merge", lambda c: c.wait_for(a("stage_done", stage="train")), 2_000_000, "merge"),
+    # Enough for what is left of training, and not for the merged model: a merge takes no time to be met in.
+    ("merge", lambda c: c.wait_for(a("stage_start", stage="train")), 6_500_000, "merge"),
     ("gguf", lambda c: c.wait_for(a("stage_start", stage="gguf")), 2_000_000, ".whole.gguf"),
-    ("gguf", lambda c: c.wait_for(a("stage_start", stage="gguf")), 10_000_000, "Q8_0.gguf"),
+    ("gguf", lambda c: c.wait_for(a("stage_start", stage="gguf")), 19_500_000, "Q8_0.gguf"),
 ]
 
 
