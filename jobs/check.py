@@ -10,8 +10,9 @@ from jobs.data.labels import label
 from jobs.data.prepare import first_conversations
 from jobs.export.llama.build import find_tools
 from jobs.observe.events import Observer
+from jobs.pipeline.data import data_stage, data_warnings
+from jobs.pipeline.job import Job
 from jobs.preflight import Ready, preflight, result_bytes
-from jobs.run import data_stage, data_warnings
 from jobs.spec import Spec
 from jobs.stages import Stages
 from jobs.train.cards import Card, find_card, known
@@ -28,7 +29,7 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
     """
     warnings: list[str] = []
     ready = preflight(spec, folder, warnings.append, keep=False)
-    data = data_stage(spec, ready, Stages(folder, observer))
+    data = data_stage(Job(spec, ready, Stages(folder, observer)))
     template = ready.tokenizer.template
     gpu = _gpu(spec, ready, data.result["longest"], warnings)
     return {

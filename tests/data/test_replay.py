@@ -12,7 +12,7 @@ import pytest
 from jobs.data.labels import IGNORE
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import DataError
-from jobs.run import data_warnings
+from jobs.pipeline.data import data_warnings
 from jobs.spec import Spec
 from jobs.train.rows import lengths_of, load_epoch, load_rows, pack_rows
 from tests.data.test_prepare import ANSWERS, run, texts, write
