@@ -341,6 +341,7 @@ _NAMED = re.compile(
             rf"{_NAME}{_QUOTE}?{_GAP}(?:"
             rf"(?:=|>|%3D){_GAP}b?(){_NOTHING}[^{_END}]{{4,}}"
             rf"""|(?:=|:|,|%3D|%3A){_GAP}b?{_QUOTE}(){_NOTHING}(?:[^"'\\\r\n]{{4,}}|{_ESCAPED}+)(?:[^"'\\\r\n]|{_ESCAPED})*"""
+            rf"|:{_GAP}(?P<number>)(?=[0-9.eE+-]{{6,}}{_GAP}[,}}\]])[0-9.eE+-]+"
             rf"|(?::|%3A){_GAP}(){_NOTHING}{_RANDOM}[^{_END}]{{6,}})",
             rf"{_WEAK}{_QUOTE}?{_GAP}(?:(?:=|%3D){_GAP}|(?::|%3A){_GAP}(?!{_QUOTE}?[0-9a-f]+(?![\w.~+/%=-])))"
             rf"b?{_QUOTE}?(){_RANDOM}[\w.~+/%=-]{{16,}}",
@@ -362,7 +363,8 @@ def _holds_secret(field: str) -> bool:
 
 def _masked(match: re.Match[str]) -> str:
     kept = match.start(match.lastindex) if match.lastindex else match.start()
-    return match.string[match.start() : kept] + MASK
+    mask = f'"{MASK}"' if match.lastgroup == "number" else MASK  # JSON stays JSON
+    return match.string[match.start() : kept] + mask
 
 
 # --- the ways out of a process ----------------------------------------------------------------

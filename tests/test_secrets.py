@@ -504,7 +504,7 @@ class Dying:
         raise OSError("unraisable: " + said)
 
 
-def broken(spec, ready, stages):
+def broken(job):
     print("printed:", said)
     print("to stderr:", said, file=sys.stderr)
     sys.stdout.writelines([said, "\\n"])
@@ -520,7 +520,7 @@ def broken(spec, ready, stages):
     except KeyError:
         own.exception("with its traceback")
         logging.getLogger("other").exception("to the log")
-    stages.observer.event("warning", text="event: " + said, detail={said: [said, OSError(said)]})
+    job.observer.event("warning", text="event: " + said, detail={said: [said, OSError(said)]})
 
     def thread():
         raise ValueError("thread: " + said)
