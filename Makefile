@@ -19,7 +19,7 @@ help:
 	@echo "make demo    the whole job on this machine: about 3 minutes the first time, then a second"
 	@echo "make test    the tests"
 	@echo "make lint    ruff and mypy"
-	@echo "make charts  write what of helm/ and k8s/ is made from the code"
+	@echo "make charts  write what of helm/, k8s/ and docs/ is made from the code"
 	@echo "make tools   build llama.cpp now"
 	@echo "make lock    write both locks anew from pyproject.toml"
 	@echo "make clean   remove .venv and runs/ (not the cache in $(CACHE))"
@@ -55,6 +55,7 @@ lint: setup
 
 charts: setup
 	@$(PY) -m helm.generate
+	@$(PY) -m docs.generate
 
 lock:
 	uv pip compile pyproject.toml --extra cpu --extra dev --universal --python-version 3.11 \

@@ -26,18 +26,6 @@ LONGEST = 2048  # tokens of the longest conversation in the table
 MOST_CHOICES = 8  # more of them stand below the table
 
 # What a section is about, where the models say it of the fields alone.
-ABOUT = {
-    "model": "The base model, how it is held, and how conversations become its text.",
-    "data": "What is trained, what is held out, and which tokens count.",
-    "lora": "The trainable matrices.",
-    "train": "The training itself.",
-    "export": "What is made of the trained adapter. Each is verified before anything is published.",
-    "checkpoints": "What an interrupted training goes on with.",
-    "verify": "What the result has to prove.",
-    "observe": "Who is told about the run while it goes on, and what its report shows.",
-    "limits": "Time, memory and patience.",
-}
-
 # What one of a list is called.
 ONE = {"Source": "a source", "Prompt": "a question", "HubTarget": "a repository on the Hub"}
 
@@ -129,7 +117,7 @@ def parts(schema: dict[str, Any] | None = None) -> list[Part]:
                 one = ONE[ref] if several else "fields"
                 title = f"`{path}[]`: {one}" if several else f"`{path}`"
                 at = f"{path}[]" if several else path
-                about = ABOUT.get(path, "") if path in ABOUT else _text(field)
+                about = _text(field)
                 found[ref] = Part(at, title, "" if several else about, defs[ref], one)
                 visit(found[ref])
 
@@ -188,7 +176,7 @@ class _Writer:
                     f"`{path}`",
                     self._kind(field),
                     "*required*" if required else _default(field),
-                    _text(field) or ABOUT[path],
+                    _text(field),
                 ]
             )
         lines = [f"## {part.title}", ""]

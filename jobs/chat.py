@@ -13,13 +13,14 @@ from typing import Any
 from jobs.data.conversation import BadRow, Message
 from jobs.errors import AccessError, DataError, LorajobError, SpecError
 from jobs.observe.chat_text import print_answers
-from jobs.train.runtime import quiet_libraries, settle_threads
+from jobs.train.runtime import quiet_libraries, settle_gpu, settle_threads
 from jobs.voices import Sampling, Things, Voice, find_things, require_names
 
 
 def chat(arguments: argparse.Namespace) -> int:
     """Returns the exit code. Raises a LorajobError."""
     settle_threads()
+    settle_gpu()
     logging.disable(logging.WARNING)  # libraries' advice would stand between the answers
     sampling = _sampling(arguments)
     questions = _questions(arguments.prompts, arguments.system) if arguments.prompts else None

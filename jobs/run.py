@@ -32,7 +32,7 @@ from jobs.store.lease import Lease, held_lease
 from jobs.store.local import LocalStore
 from jobs.store.publish import publish, publish_to_all
 from jobs.train.checkpoints import Checkpoints, kept_before
-from jobs.train.runtime import settle_threads
+from jobs.train.runtime import settle_gpu, settle_threads
 
 
 def run(spec: Spec, folder: Path, observer: Observer, given: Path | None = None) -> dict[str, Any]:
@@ -47,6 +47,8 @@ def run(spec: Spec, folder: Path, observer: Observer, given: Path | None = None)
     observer.snapshot.retries = lambda: ready.connections.retries.count
     observer.keep_in(folder / "logs" / "run.jsonl")
     observer.event("run_start", version=__version__, name=spec.name, folder=str(folder))
+    if (gpus := settle_gpu()) > 1:
+        observer.warn(f"{gpus} GPUs are visible, and a run trains on one: the others do nothing")
     with ExitStack() as held:
         held.enter_context(_lease(LocalStore(folder / WORK), spec, observer))
         lease = held.enter_context(_lease(ready.keeper, spec, observer))

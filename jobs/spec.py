@@ -77,7 +77,8 @@ class Section(BaseModel):
 class Model(Section):
     base: Place
     """The model to fine-tune: a repository on the Hub (`owner/name[@revision]`), `s3://bucket/path`
-    or a folder, with config.json, safetensors weights and a tokenizer."""
+    or a folder, with config.json, safetensors weights and a tokenizer. The weights are the original
+    ones: a base that is quantized already is refused."""
     load_in: Literal["4bit", "8bit", "16bit"] = "4bit"
     """How the frozen base is held while training: NF4 with double quantization, LLM.int8, or 16 bit."""
     max_seq_length: Annotated[Int, Field(ge=16)] = 2048
@@ -149,7 +150,8 @@ class Replay(Section):
 
 class Data(Section):
     train: Sources
-    """Where the conversations come from; several sources are read one after another."""
+    """Where the conversations come from: a path or address, a source with its fields, or a list of
+    these, which are read one after another."""
     eval: Annotated[Float, Field(ge=0, lt=1)] | Sources = 0.0
     """The share of the conversations held out for evaluation, or sources of their own."""
     retention: Sources | None = None
@@ -179,7 +181,8 @@ class Lora(Section):
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of each LoRA layer while training."""
     target: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Which layers get LoRA: every linear layer but the output head, or names of modules."""
+    """Which layers get LoRA: every linear layer but the output head, or names of modules, such as
+    `[q_proj, v_proj]`."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that a high rank learns as fast as a low one."""
     dora: bool = False
@@ -202,13 +205,14 @@ class EarlyStopping(Section):
 
 class Train(Section):
     objective: Literal["sft"] = "sft"
-    """Supervised fine-tuning."""
+    """What is learnt. `sft`, supervised fine-tuning, is all there is so far."""
     epochs: Annotated[Float, Field(gt=0)] = 1
     """Passes over the training data; `max_steps` wins over it."""
     max_steps: Annotated[Int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps."""
     batch_size: Annotated[Int, Field(ge=1)] = 8
-    """Conversations in one optimizer step; with `packing`, rows filled with conversations."""
+    """Conversations in one optimizer step; with `packing`, rows filled with conversations. How
+    many go through the GPU at a time is the job's to choose."""
     packing: bool = False
     """Fill rows of `max_seq_length` tokens with whole conversations, which do not see each other."""
     group_by_length: bool = False
@@ -318,7 +322,7 @@ class Limits(Section):
     retry_minutes: Annotated[Float, Field(gt=0)] = 10.0
     """How long a failing service is tried again."""
     gpu_memory_gib: Annotated[Float, Field(gt=0)] | None = None
-    """Use no more of the GPU's memory than this."""
+    """The most of the GPU's memory, in GiB, that the run may use: for a card that is shared."""
     gpu: GpuName | None = None
     """The GPU that `check` reckons with, where the run will have another than the one that `check`
     finds. Unset: the one in this machine; without one, `check` says what the run takes and no more."""
@@ -341,7 +345,8 @@ class Verify(Section):
     """Questions put to the base, the tuned model and each GGUF; without any, the first
     conversations of the evaluation (or training) data are asked."""
     max_new_tokens: Annotated[Int, Field(ge=1)] = 128
-    """An answer that has not stopped by itself after so many tokens fails."""
+    """The longest answer. One to a question of `prompts` that has not stopped by itself by then
+    fails; of the answers to other questions, at least one has to stop."""
     max_kl: Annotated[Float, Field(gt=0)] | None = None
     """A GGUF file fails whose predictions of the trained tokens are further from the 16-bit GGUF's:
     mean KL divergence in nats per token. q8_0 is usually below 0.01, q4_k_m below 0.1."""
@@ -400,7 +405,7 @@ class S3Options(Section):
 
 class S3(S3Options):
     buckets: dict[str, S3Options] = {}
-    """Other settings for a bucket: none of those above hold for it."""
+    """Other settings for single buckets, by their names; none of those above hold for such a bucket."""
 
 
 def _publish_target(value: Any) -> Any:
@@ -419,20 +424,29 @@ class Spec(Section):
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     """The run's name: lower-case letters, digits, dots and dashes, at most 53."""
     model: Model
+    """The base model, how it is held, and how conversations become its text."""
     data: Data
+    """What is trained, what is held out, and which tokens count."""
     lora: Lora = Lora()
+    """The trainable matrices."""
     train: Train = Train()
+    """The training itself."""
     export: Export = Export()
+    """What is made of the trained adapter. Each is verified before anything is published."""
     checkpoints: Checkpoints = Checkpoints()
+    """What an interrupted training goes on with."""
     verify: Verify = Verify()
+    """What the result has to prove."""
     observe: Observe = Observe()
+    """Who is told about the run while it goes on, and what its report shows."""
     publish: list[Target] = []
-    """Where the results go: a folder, `s3://bucket/prefix`, or `hub: owner/name`. The run's own
-    folder always has them."""
+    """Where the results go: a folder, `s3://bucket/prefix`, or `hub: owner/name` (or
+    `hub://owner/name`). The run's own folder always has them."""
     s3: S3 = S3()
     """How S3 is reached. Credentials are never here: they come from the environment, from mounted
     files or from the machine's role."""
     limits: Limits = Limits()
+    """Time, memory and patience."""
 
     @model_validator(mode="after")
     def _options_that_go_together(self) -> Self:

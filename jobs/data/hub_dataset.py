@@ -12,11 +12,14 @@ from jobs.spec import Source
 def split_files(repository: str, commit: str, source: Source) -> list[str]:
     """The paths in the repository, as its card or its files' names say. Raises AccessError where
     they are of a kind that is not read, SpecError where there is no such config or split."""
-    from datasets import DownloadConfig, load_dataset_builder
+    from datasets import DownloadConfig, config, load_dataset_builder
     from datasets.exceptions import DatasetNotFoundError
     from datasets.utils.logging import set_verbosity_error
 
     set_verbosity_error()
+    # Without this the data set's name, a private one's too, goes to a counter of downloads that is
+    # neither the Hub nor what HF_ENDPOINT names.
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         builder = load_dataset_builder(
             repository, name=source.config, revision=commit, download_config=DownloadConfig()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def settle_threads() -> int:
@@ -18,6 +21,22 @@ def settle_threads() -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return int(os.environ["OMP_NUM_THREADS"])
+
+
+def settle_gpu(root: Path = Path("/")) -> int:
+    """Let CUDA see one GPU where it would see several; to be called before torch is imported.
+
+    A run trains on one. Given more, transformers' trainer would split each batch over them, and the
+    batch size would not be what the spec says. Returns how many there were; `root` is where /dev is.
+    """
+    named = os.environ.get(VISIBLE)
+    if named is not None:
+        seen = [name.strip() for name in named.split(",") if name.strip()]
+    else:
+        seen = sorted(p.name[6:] for p in (root / "dev").glob("nvidia*") if p.name[6:].isdigit())
+    if len(seen) > 1:
+        os.environ[VISIBLE] = "0" if named is None else seen[0]
+    return len(seen)
 
 
 def quiet_libraries() -> None:
