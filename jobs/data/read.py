@@ -74,7 +74,7 @@ def _file_rows(source: DataFile) -> Iterator[Row]:
             case ".csv" | ".tsv":
                 rows = _table(file, name, "," if kind == ".csv" else "\t")
             case ".parquet":
-                rows = _parquet(file, name, bool(compression))
+                rows = _parquet(path, file, name, bool(compression))
             case ".txt":
                 rows = _texts(file, name)
             case _:
@@ -199,12 +199,12 @@ def _table(file: IO[bytes], name: str, delimiter: str) -> Iterator[Row]:
         ) from None
 
 
-def _parquet(file: IO[bytes], name: str, compressed: bool) -> Iterator[Row]:
+def _parquet(path: Path, file: IO[bytes], name: str, compressed: bool) -> Iterator[Row]:
     import pyarrow
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
     number = 0
-    with tempfile.TemporaryFile() if compressed else pyarrow.OSFile(name) as plain:
+    with tempfile.TemporaryFile() if compressed else pyarrow.OSFile(str(path)) as plain:
         if compressed:  # parquet is read from its end
             shutil.copyfileobj(file, plain, BUFFER)
         try:

@@ -157,7 +157,7 @@ def _batches(
 @torch.no_grad()
 def _logits(model: Any, probe: dict[str, torch.Tensor], device: str) -> torch.Tensor:
     batch = {name: tensor.to(device) for name, tensor in probe.items() if name != "logits"}
-    return trained_logits(model, batch)[0].cpu()
+    return trained_logits(model, batch, len(probe["logits"]))[0].cpu()
 
 
 def _merged(

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.data import read
+from jobs.data.files import DataFile
 from jobs.data.read import Row, read_rows, source_files
 from jobs.errors import AccessError, DataError, LorajobError
 from jobs.spec import Source
@@ -97,6 +98,11 @@ def test_every_type_gives_the_same_rows_with_their_places(
     assert values(path) == RECORDS
     places = PLACES.get(kind, ["line 1", "line 2", "line 3"])
     assert [row.place for row in rows(path)] == [f"{path}, {place}" for place in places]
+    # As for one that was fetched, which messages call by its address.
+    name = f"s3://bucket/a{kind}{compression}"
+    fetched = list(read_rows(Source(source=name), [DataFile(path, name)]))
+    assert [row.value for row in fetched] == RECORDS
+    assert [row.file for row in fetched] == [name] * len(RECORDS)
 
 
 @pytest.mark.parametrize("compression", PACK)
