@@ -6,15 +6,18 @@ import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import FrameType
+from typing import IO, Any, Literal, Protocol
 
 from jobs.data.conversation import Message
 from jobs.data.template import DEFAULT_DATE, ChatTemplate
@@ -54,6 +57,29 @@ class Voice(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@contextmanager
+def _first_ctrl_c(do: Callable[[], None]) -> Iterator[None]:
+    """Within, the first Ctrl-C calls `do`, wherever the program is; the next one raises as ever.
+
+    An exception that may come between any two steps would lose what has just been heard.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before is not signal.default_int_handler:  # a background job's is ignored
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        do()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @dataclass
@@ -252,7 +278,8 @@ class TorchVoice:
         bare = not self._with_adapter and hasattr(model, "disable_adapter")
         # After Ctrl-C what was said so far is the answer.
         without = model.disable_adapter() if bare else nullcontext()
-        with suppress(KeyboardInterrupt), torch.no_grad(), without:
+        interrupt = _first_ctrl_c(listener.interrupt)
+        with suppress(KeyboardInterrupt), interrupt, torch.no_grad(), without:
             model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
                 streamer=listener,
@@ -273,8 +300,22 @@ class _Listener:
         self._ids: list[int] | None = None
         self._told = ""
         self._stopped = False
+        self._listening = self._interrupted = False
+
+    def interrupt(self) -> None:
+        """At once, but not in the middle of a piece: that would be lost, or told twice."""
+        self._interrupted = True
+        if not self._listening:
+            raise KeyboardInterrupt
 
     def put(self, value: Any) -> None:
+        self._listening = True
+        self._take(value)
+        self._listening = False
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def _take(self, value: Any) -> None:
         if self._ids is None:
             self._ids = []
             return
@@ -331,25 +372,30 @@ class GgufVoice:
 
     def say(self, messages: list[Message], sampling: Sampling, tell: Tell) -> Said:
         prompt = self._template.render(messages, add_generation_prompt=True)
-        self._send(
-            {"prompt": prompt, "temperature": sampling.temperature, "min_p": sampling.min_p,
-             "seed": sampling.seed, "max_new_tokens": sampling.max_new_tokens}
-        )  # fmt: skip
+        sent = interrupted = False
+
+        def end() -> None:
+            with suppress(OSError):  # it is gone, which `_hear` will say better
+                os.write(self._stdin.fileno(), b'{"end": true}\n')
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            interrupted = True
+            if sent:  # else it would stand in the middle of the question
+                end()
+
         text = ""
-        asked_to_end = False
-        while True:
-            try:
-                heard = self._hear()
-            except KeyboardInterrupt:
-                if asked_to_end:
-                    raise
-                asked_to_end = True
-                self._send({"end": True})
-                continue
-            if heard.get("done"):
-                break
-            text += heard["text"]
-            tell(heard["text"])
+        with _first_ctrl_c(interrupt):
+            self._send(
+                {"prompt": prompt, "temperature": sampling.temperature, "min_p": sampling.min_p,
+                 "seed": sampling.seed, "max_new_tokens": sampling.max_new_tokens}
+            )  # fmt: skip
+            sent = True
+            if interrupted:
+                end()
+            while not (heard := self._hear()).get("done"):
+                text += heard["text"]
+                tell(heard["text"])
         if heard["too_long"]:
             raise SpecError(
                 f"the conversation is longer than {CONTEXT} tokens", "begin anew: /reset"
@@ -362,10 +408,14 @@ class GgufVoice:
         self._answers.close()
         self._errors.close()
 
-    def _send(self, request: dict[str, Any]) -> None:
+    @property
+    def _stdin(self) -> IO[str]:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        return self._process.stdin
+
+    def _send(self, request: dict[str, Any]) -> None:
+        self._stdin.write(json.dumps(request) + "\n")
+        self._stdin.flush()
 
     def _hear(self) -> dict[str, Any]:
         line = self._answers.readline()

@@ -1,15 +1,20 @@
-"""What several tests need: the demo's tokenizer, and one whole run of the demo."""
+"""What several tests need: the demo's tokenizer, one whole run of the demo, a process as it was."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from jobs import stop
 from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
 from jobs.train.runtime import settle_threads
 
@@ -41,13 +46,66 @@ def tokenizer() -> ChatTokenizer:
     return load_tokenizer(BASE)
 
 
+@pytest.fixture(autouse=True)
+def own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test does to the process's signals is undone: a command that is run in this process
+    leaves them ignored, and what is ignored here is ignored by every process that is started."""
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    monkeypatch.setattr(stop, "_state", stop._State())
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def hear_signals() -> None:
+    """A `preexec_fn`: signals end the child whoever runs the tests. What a script starts in the
+    background ignores SIGINT, and so would all that it starts."""
+    for number in stop.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """One for the whole session, also where several processes run its tests."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole run of examples/demo.yaml, published beside it."""
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a whole run of examples/demo.yaml, published beside it.
+
+    It is everybody's: made by who needs it first, waited for by the others, changed by nobody. Who
+    has something to change takes `own_demo`.
+    """
+    work = shared_folder(tmp_path_factory) / "demo"
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (work / "stdout.jsonl").exists():
+            result = lorajob(
+                "run", "examples/demo.yaml", "--work", str(work), LORAJOB__PUBLISH=f"[{work}/published]"
+            )  # fmt: skip
+            assert result.code == 0, result.err + result.out[-2000:]
+            (work / "stdout.jsonl").write_text(result.out)  # the last: it says that all is there
+    before = _contents(work)
+    yield work / "demo"
+    assert _contents(work) == before, "a test has changed what all share"
+
+
+def _contents(work: Path) -> dict[str, tuple[int, int]]:
+    """Every file that a run leaves, with its size and the time of its last change."""
+    return {
+        path.relative_to(work).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
+        for top in ("demo", "published")
+        for path in sorted((work / top).rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def own_demo(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, for the tests of one file to go on with and to change."""
     work = tmp_path_factory.mktemp("demo")
-    result = lorajob(
-        "run", "examples/demo.yaml", "--work", str(work), LORAJOB__PUBLISH=f"[{work}/published]"
-    )
-    assert result.code == 0, result.err + result.out[-2000:]
-    (work / "stdout.jsonl").write_text(result.out)
+    for name in ("demo", "published"):
+        shutil.copytree(demo.parent / name, work / name)
     return work / "demo"

@@ -109,6 +109,7 @@ class Observer:
         self._live: LiveView | None = None
         self._listeners: list[Listener] = []
         self._file: IO[str] | None = None
+        self._logging_before: tuple[list[logging.Handler], int] = [], logging.WARNING
         self._json = structlog.wrap_logger(
             _Lines(self),
             processors=[
@@ -137,7 +138,7 @@ class Observer:
         if self._live:
             self._live.__exit__()
             self._live = self.bars = None
-        logging.captureWarnings(False)
+        self._give_back_logging()
         if self._file:
             self._file.close()
             self._file = None
@@ -199,9 +200,17 @@ class Observer:
     def _take_over_logging(self) -> None:
         """Warnings of libraries become events; their chatter below that is left out."""
         root = logging.getLogger()
+        self._logging_before = root.handlers[:], root.level
         root.handlers[:] = [_ToEvents(self)]
         root.setLevel(logging.WARNING)
         logging.captureWarnings(True)
+
+    def _give_back_logging(self) -> None:
+        """What is said from now on is no part of this run, and its stream may be closed."""
+        logging.captureWarnings(False)
+        root = logging.getLogger()
+        root.handlers[:], level = self._logging_before
+        root.setLevel(level)
 
 
 class _Lines:

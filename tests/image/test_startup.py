@@ -15,7 +15,7 @@ import pytest
 
 from jobs import startup
 from jobs.errors import AccessError, DoesNotFitError, LorajobError
-from tests.conftest import ROOT, lorajob
+from tests.conftest import ROOT, hear_signals, lorajob
 
 
 @pytest.fixture
@@ -291,4 +291,8 @@ def test_elsewhere_python_is_left_to_die_of_it() -> None:
         "except SystemExit: pass\n"
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=hear_signals,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from botocore.exceptions import ClientError
 
+from tests.conftest import ROOT, hear_signals
 from tests.servers import ceph as ceph_module
 from tests.servers.s3 import S3Server
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
 
-ROOT = Path(__file__).parents[2]
 MIB = 2**20
 STALE = '"00000000000000000000000000000000"'
 
@@ -364,6 +364,7 @@ def test_it_never_outlives_who_started_it(
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.servers.ceph"],
         cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True,
+        preexec_fn=hear_signals,
     )  # fmt: skip
     assert process.stdout
     try:
@@ -375,9 +376,13 @@ def test_it_never_outlives_who_started_it(
         assert sorted(running.values()) == ["ceph-mon", "ceph-osd", "radosgw"]
     finally:
         process.send_signal(ending)
-        code = process.wait(20)
-        process.stdout.close()
-    deadline = time.monotonic() + 5
+        try:
+            code = process.wait(60)
+        finally:
+            process.kill()  # else what does not hear it would run on
+            process.wait()
+            process.stdout.close()
+    deadline = time.monotonic() + 30
     while daemons(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert daemons(tmp_path) == {}
