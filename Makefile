@@ -65,7 +65,8 @@ lock:
 	@# (a CUDA torch's libraries, image and audio packages) no text needs.
 	grep -oE 'unsloth(-zoo)?==[0-9.]+' pyproject.toml | uv pip compile - --no-deps --python-version 3.11 \
 	    --generate-hashes --no-emit-index-url --no-header --no-annotate -q >> requirements-cpu.lock
-	sed -i '/^torch==$(TORCH)/a\    --hash=sha256:$(TORCH_CPU_HASH) \\' requirements-cpu.lock
+	@# uv keeps the hashes that are there already.
+	grep -q $(TORCH_CPU_HASH) requirements-cpu.lock || sed -i '/^torch==$(TORCH)/a\    --hash=sha256:$(TORCH_CPU_HASH) \\' requirements-cpu.lock
 	uv pip compile pyproject.toml --extra cuda --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 	    --generate-hashes --no-emit-index-url --custom-compile-command "make lock" -q -o requirements.lock
 

@@ -1,4 +1,4 @@
-"""The command line: `lorajob run|check|export|chat|report|schema|tools`. Imports only what a command needs.
+"""The command line: `lorajob run|check|export|chat|...`. Imports only what a command needs.
 
 The one place where an error becomes a message and an exit code.
 """
@@ -12,12 +12,14 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import __version__, stop
-from jobs.arguments import CHAT, EXPORT, add_chat_arguments, add_export_arguments
+from jobs import arguments as texts
+from jobs.completion import SHELLS
 from jobs.errors import LorajobError, Preempted
 from jobs.observe.termination import outcome_of, write_termination
 from jobs.reached import Reached
@@ -26,17 +28,6 @@ from jobs.secrets import guard_process, redact, redact_tree
 if TYPE_CHECKING:
     from jobs.observe.events import Observer
     from jobs.spec import Spec
-
-EPILOG = """\
-The spec is read from the path given, else from $LORAJOB_SPEC, else from /etc/lorajob/spec.yaml; `-`
-is standard input. Any field can be set from the environment, over what the file says:
-  LORAJOB__TRAIN__LEARNING_RATE=1e-4
-"""
-CODES = """\
-exit codes: 0 done   2 the spec is wrong   3 the data is wrong   4 not there, or not allowed
-            5 does not fit   6 the result failed its verification   10 a service failed
-            20 stopped from outside, a checkpoint is safe   1 a bug
-"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,73 +98,37 @@ def _fail(error: LorajobError) -> int:
 
 def _with_command(argv: list[str]) -> list[str]:
     """`run` is the default: `lorajob`, `lorajob my.yaml` and `lorajob --work w` mean it."""
-    known = {
-        "run",
-        "check",
-        "export",
-        "chat",
-        "report",
-        "schema",
-        "tools",
-        "-h",
-        "--help",
-        "--version",
-    }
+    known = {*COMMANDS, "-h", "--help", "--version"}
     return argv if argv and argv[0] in known else ["run", *argv]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lorajob",
-        description="Fine-tune a language model as one batch job, and prove that the result works.",
-        epilog=f"{EPILOG}\n{CODES}",
+        description=texts.MAIN,
+        epilog=f"`lorajob COMMAND --help` says more of each.\n\n{texts.SPEC}\n{texts.ALL_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lorajob {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
-
-    def command(name: str, do: Any, text: str, more: str = "") -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=f"{text}\n\n{more}".strip(),
-            epilog=CODES if do is _chat else f"{EPILOG}\n{CODES}",
+    subs = {}
+    for name, (do, text, more) in COMMANDS.items():
+        subs[name] = commands.add_parser(
+            name, help=text.partition("\n")[0], description=text, epilog=more,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        sub.set_defaults(do=do)
-        return sub
-
-    run = command("run", _run, "Do the whole job (the default).")
-    check = command("check", _check, "Find out everything that can be known without training.")
-    export = command("export", _export, "Make everything from an adapter that is there.", EXPORT)
-    add_export_arguments(export)
-    chat = command("chat", _chat, "Talk to base, adapter, merged model or GGUF.", CHAT)
-    add_chat_arguments(chat)
-    report = command(
-        "report", _report, "Make a run's report.html anew, from report.json beside it."
-    )
-    report.add_argument(
-        "folder", type=Path, help="the run's folder, or a copy of what it published"
-    )
-    command("schema", _schema, "Print the spec's JSON schema.")
-    tools = command("tools", _tools, "Build llama.cpp now instead of when it is first needed.")
-    for sub in (run, check):
-        sub.add_argument("spec", nargs="?", help="the spec's path, or - for standard input")
-    for sub in (run, check, export):
-        sub.add_argument(
-            "--work", type=Path, default=Path(os.environ.get("LORAJOB_WORK") or "runs"),
-            help="where runs are kept, each in a folder of its name ($LORAJOB_WORK; default: runs)",
-        )  # fmt: skip
-    for sub in (run, export, tools):
-        sub.add_argument(
-            "--log", choices=("auto", "json", "terminal"), default="auto",
-            help="what is printed: bars for a terminal, JSON lines for a pipe (default: auto)",
-        )  # fmt: skip
-    check.add_argument(
-        "--format", choices=("text", "json"), default="text", help="for people, or for scripts"
-    )
-    check.add_argument(
-        "--rows", type=int, default=1, metavar="N",
-        help="show the first N rows as they are trained (default: 1)",
-    )  # fmt: skip
+        subs[name].set_defaults(do=do)
+    texts.add_export_arguments(subs["export"])
+    texts.add_chat_arguments(subs["chat"])
+    texts.add_report_argument(subs["report"])
+    for name in ("run", "check"):
+        texts.add_spec_argument(subs[name])
+    for name in ("run", "check", "export"):
+        texts.add_work_argument(subs[name])
+    for name in ("run", "export", "tools"):
+        texts.add_log_argument(subs[name])
+    texts.add_check_arguments(subs["check"])
+    subs["completion"].add_argument("shell", choices=SHELLS, help="the shell it is for")
     return parser
 
 
@@ -369,3 +324,23 @@ def _tools(arguments: argparse.Namespace) -> int:
         folder = ensure_tools(observer)
         observer.event("tools", folder=str(folder))
     return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    from jobs.completion import completion
+
+    print(completion(_parser(), arguments.shell))
+    return 0
+
+
+# What each does, its text, and what stands below its options.
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, str]] = {
+    "run": (_run, texts.RUN, f"{texts.SPEC}\n{texts.RUN_CODES}"),
+    "check": (_check, texts.CHECK, f"{texts.SPEC}\n{texts.CHECK_CODES}"),
+    "export": (_export, texts.EXPORT, texts.ALL_CODES),
+    "chat": (_chat, texts.CHAT, texts.CHAT_CODES),
+    "report": (_report, texts.REPORT, texts.REPORT_CODES),
+    "schema": (_schema, texts.SCHEMA, ""),
+    "tools": (_tools, texts.TOOLS, texts.TOOLS_CODES),
+    "completion": (_completion, texts.COMPLETION, ""),
+}

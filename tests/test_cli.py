@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -425,6 +426,34 @@ def test_help_names_every_exit_code() -> None:
     for code in ("0 done", "2 the spec", "3 the data", "4 not there", "5 does not fit",
                  "6 the result", "10 a service", "20 stopped", "1 a bug"):  # fmt: skip
         assert code in text
+
+
+def examples_of(text: str) -> list[str]:
+    """What a help tells to type, without notes, pipes and what the environment is set to."""
+    lines = re.findall(r"^  (?:\S.*?\W)??(lorajob [^|>)\n]+)", text, re.MULTILINE)
+    return [re.split(r"\s{2,}|\s*&&", line)[0] for line in lines]
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_a_help_says_what_it_does_with_examples_that_are_right(command: str) -> None:
+    result = lorajob(*[command] * bool(command), "--help")
+    assert result.code == 0
+    assert max(map(len, result.out.splitlines())) <= 110
+    examples = examples_of(result.out.partition("\n\n")[2])
+    assert examples
+    assert command in " ".join(examples)
+    for example in examples:
+        words = shlex.split(example)[1:]
+        arguments = cli._parser().parse_args(cli._with_command(words))
+        assert callable(arguments.do), example
+
+
+def test_the_list_of_commands_says_what_each_does() -> None:
+    text = " ".join(lorajob("--help").out.split())
+    for name, (_, description, _) in cli.COMMANDS.items():
+        first = description.partition("\n")[0]
+        assert first.endswith(".")
+        assert f"{name} {first}" in text
 
 
 def raise_zero_division(*arguments: object) -> None:

@@ -56,6 +56,13 @@ def test_training_lowered_the_loss_on_conversations_it_never_saw(demo: Path) -> 
     assert losses["q8_0"] == pytest.approx(losses["adapter"], abs=0.01)
 
 
+def test_it_keeps_what_the_base_knew_and_ends_without_a_warning(demo: Path) -> None:
+    events = [json.loads(line) for line in (demo.parent / "stdout.jsonl").read_text().splitlines()]
+    assert [event for event in events if event["event"] == "warning"] == []
+    kept = [event for event in events if event["event"] == "retention"][-1]
+    assert kept["before"] < kept["loss"] < kept["before"] + 0.1  # data.retention_limit
+
+
 def test_the_k_quant_file_really_holds_k_quants(demo: Path) -> None:
     types = {
         tensor.tensor_type.name
@@ -70,15 +77,15 @@ def test_a_pipe_gets_one_json_object_a_line_and_the_file_the_same(demo: Path) ->
     events = [json.loads(line)["event"] for line in lines]
     assert events[0] == "run_start"
     assert events[-1] == "run_done"
-    assert events.count("train_step") == 136
+    assert events.count("train_step") == 156
     assert (demo / "logs" / "run.jsonl").read_text().splitlines() == lines
 
 
-def test_a_second_start_takes_every_stage_as_it_is(demo: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (demo / "gguf").iterdir()}
+def test_a_second_start_takes_every_stage_as_it_is(own_demo: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (own_demo / "gguf").iterdir()}
     result = lorajob(
-        "run", "examples/demo.yaml", "--work", str(demo.parent),
-        LORAJOB__PUBLISH=f"[{demo.parent}/published]",
+        "run", "examples/demo.yaml", "--work", str(own_demo.parent),
+        LORAJOB__PUBLISH=f"[{own_demo.parent}/published]",
     )  # fmt: skip
     assert result.code == 0, result.err
     events = [json.loads(line) for line in result.out.splitlines()]
@@ -86,19 +93,19 @@ def test_a_second_start_takes_every_stage_as_it_is(demo: Path) -> None:
     assert skipped == ["data", "train", "adapter", "merge", "gguf", "verify"]
     assert [e for e in events if e["event"] == "stage_start"] == []
     assert [e["sent"] for e in events if e["event"] == "published"] == [0]
-    assert {p: p.stat().st_mtime_ns for p in (demo / "gguf").iterdir()} == before
+    assert {p: p.stat().st_mtime_ns for p in (own_demo / "gguf").iterdir()} == before
 
 
-def test_another_quant_type_does_not_train_again(demo: Path) -> None:
+def test_another_quant_type_does_not_train_again(own_demo: Path) -> None:
     result = lorajob(
-        "run", "examples/demo.yaml", "--work", str(demo.parent),
+        "run", "examples/demo.yaml", "--work", str(own_demo.parent),
         LORAJOB__PUBLISH="[]", LORAJOB__EXPORT__GGUF="[q8_0]",
     )  # fmt: skip
     assert result.code == 0, result.err
     events = [json.loads(line) for line in result.out.splitlines()]
     done = [event["stage"] for event in events if event["event"] == "stage_done"]
     assert done == ["gguf", "verify"]
-    there = {path.name for path in (demo / "gguf").iterdir()}
+    there = {path.name for path in (own_demo / "gguf").iterdir()}
     assert there == {"demo-Q8_0.gguf", "Modelfile", "README.md"}
 
 
@@ -113,11 +120,11 @@ def test_the_same_seed_gives_the_same_bytes(demo: Path, tmp_path: Path) -> None:
 
 
 def test_an_expectation_that_is_not_met_publishes_nothing_and_ends_with_6(
-    demo: Path, tmp_path: Path
+    own_demo: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "published"
     result = lorajob(
-        "run", "examples/demo.yaml", "--work", str(demo.parent),
+        "run", "examples/demo.yaml", "--work", str(own_demo.parent),
         LORAJOB__PUBLISH=f"[{target}]", LORAJOB__VERIFY__PROMPTS__1__EXPECT="Captain Nobody",
     )  # fmt: skip
     assert result.code == 6
