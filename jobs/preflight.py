@@ -13,14 +13,15 @@ from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DoesNotFitError, in_field
 from jobs.export.gguf import COMPARED_ROWS, PREDICTIONS_BYTES
 from jobs.export.llama.build import find_tools, require_compiler
+from jobs.export.tokenizer_proof import require_same_tokens
 from jobs.spec import Spec
 from jobs.store.base import KeyStore, Store
 from jobs.store.cache import cache_folder
 from jobs.store.connect import Connections
 from jobs.store.local import LocalStore, existing
 from jobs.store.retry import Retries
-from jobs.train.memory import checkpoint_bytes
-from jobs.train.shape import read_shape
+from jobs.train.memory import BYTES_OF, HALF, checkpoint_bytes
+from jobs.train.shape import describes, read_shape
 
 # Bits a weight takes in each of llama.cpp's types, block scales included, rounded up
 # (llama.cpp, ggml/src/ggml-common.h; k-quant mixes by their largest measured average).
@@ -73,8 +74,12 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
     files = TokenizerFiles(base.folder, spec.model.chat_template, spec.model.template_date)
     tokenizer = files.load()
     origins = find_origins(spec.data, connections)
-    if spec.export.needs_llama_cpp and find_tools() is None:
-        require_compiler()
+    if spec.export.needs_llama_cpp:
+        tools = find_tools()
+        if tools is None:
+            require_compiler()
+        with in_field("export.gguf" if spec.export.gguf else "export.adapter_gguf"):
+            require_same_tokens(base.folder, tokenizer, tools, tell)
     LocalStore(folder).prove_writable(keep=True)
     for store in targets:
         with in_field("publish"):
@@ -124,8 +129,17 @@ def run_bytes(spec: Spec, base: BaseModel) -> int:
 def result_bytes(spec: Spec, base: BaseModel) -> int:
     """About what each target gets, in bytes."""
     weights = base.weight_bytes()
-    merged = weights if spec.export.merged else 0
-    return merged + int(sum(weights * GGUF_BITS[kind] / 16 for kind in spec.export.gguf))
+    merged = {None: 0.0, "16bit": 1.0, "4bit": _share_in_4_bit(base)}[spec.export.merged]
+    return int(weights * (merged + sum(GGUF_BITS[kind] / 16 for kind in spec.export.gguf)))
+
+
+def _share_in_4_bit(base: BaseModel) -> float:
+    """What the weights take in 4 bit, of what they take in 16; all where that is not known."""
+    shape = read_shape(base.config)
+    if shape is None or not describes(shape, base.weight_bytes()):
+        return 1.0
+    packed = shape.linear_weights * BYTES_OF["4bit"] + shape.outer_weights * HALF
+    return packed / (HALF * shape.weights)
 
 
 def _require_disk(needs: list[Need]) -> None:

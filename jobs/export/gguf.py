@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from jobs.export.llama import client
+from jobs.export.sentencepiece_files import settle_sentencepiece, shown_name
 from jobs.observe.events import Observer
 
 WHOLE = ".whole.gguf"
@@ -130,15 +131,11 @@ class _Making:
             folder.mkdir()
             for path in self.merged.iterdir():
                 (folder / path.name).symlink_to(path.resolve())
-            if not begins:
-                # Said nothing, llama.cpp puts one before every text where the vocabulary is
-                # SentencePiece's.
-                _add(folder / "tokenizer_config.json", {"add_bos_token": False})
-            config = json.loads((folder / "config.json").read_text("utf-8"))
-            if "n_positions" in config:  # the converter knows GPT-2's older name for it only
-                _add(folder / "config.json", {"n_ctx": config["n_positions"]})
-            client.convert(self.tools, folder, self.whole, precision, self.log, self.name)
-        client.settle_tokenizer(self.tools, self.whole, self.merged, begins, self.log)
+            settle_for_converter(folder, begins)
+            shown = shown_name(self.name, folder)
+            client.convert(self.tools, folder, self.whole, precision, self.log, shown)
+        if not begins:
+            client.add_no_bos(self.tools, self.whole, self.log)
 
     def _quantize(self, kind: str, result: dict[str, Any]) -> None:
         target = self.out / file_name(self.name, kind)
@@ -200,11 +197,24 @@ class _Making:
         return result
 
 
-def _add(path: Path, fields: dict[str, Any]) -> None:
-    """Add what a linked JSON file does not say, in a file of its own in the link's place."""
-    said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    path.unlink(missing_ok=True)
-    path.write_text(json.dumps({**fields, **said}), "utf-8")
+def settle_for_converter(folder: Path, begins_with_bos: bool) -> None:
+    """Write into a folder of links to a model's files what the converter needs and they do not say."""
+    said = {} if begins_with_bos else {"add_bos_token": False}
+    # Said nothing, llama.cpp puts one before every text where the vocabulary is SentencePiece's.
+    _add(folder / "tokenizer_config.json", said)
+    _add(folder / "tokenizer_config.json", settle_sentencepiece(folder), over=True)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    if "n_positions" in config:  # the converter knows GPT-2's older name for it only
+        _add(folder / "config.json", {"n_ctx": config["n_positions"]})
+
+
+def _add(path: Path, fields: dict[str, Any], over: bool = False) -> None:
+    """Add what a linked JSON file does not say, in a file of its own in the link's place; `over`:
+    whatever the file says."""
+    if fields:
+        said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        path.unlink(missing_ok=True)
+        path.write_text(json.dumps({**said, **fields} if over else {**fields, **said}), "utf-8")
 
 
 def make_adapter_gguf(base: Path, adapter: Path, target: Path, tools: Path, log: Path) -> int:

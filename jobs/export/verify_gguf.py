@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import VerificationError
-from jobs.export.answers import Answer, Question, Said
 from jobs.export.llama import client
+
+if TYPE_CHECKING:  # the module imports torch, and the preflight goes without
+    from jobs.export.answers import Answer, Question, Said
 
 # The adapter is stored in 16 bit, and the merged weights that it is taken off were rounded to them.
 ADAPTER_LOSS = 0.02  # nats per trained token

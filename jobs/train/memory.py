@@ -163,9 +163,10 @@ def _trained(shape: Shape, spec: Spec) -> tuple[int, float]:
 
 
 def checkpoint_bytes(shape: Shape, spec: Spec) -> int:
-    """What a checkpoint takes on a disk: the trained weights and AdamW's states."""
+    """What a checkpoint takes on a disk: the trained weights, once more as the best evaluation found
+    them where those are kept, and AdamW's states."""
     trained, states = _trained(shape, spec)
-    return int(FULL * trained + states)
+    return int((1 + spec.train.keeps_best) * FULL * trained + states)
 
 
 def targets(shape: Shape, spec: Spec) -> list[str]:

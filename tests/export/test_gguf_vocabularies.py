@@ -29,6 +29,7 @@ from jobs.export.answers import Said
 from jobs.export.gguf import Extras, files_of, make_gguf
 from jobs.export.llama.build import find_tools
 from jobs.export.merge import merge
+from jobs.export.tokenizer_proof import FURTHER, ORDINARY, ids_in_llama_cpp
 from jobs.export.verify_gguf import Found, GgufCheck, adapter_failures
 from jobs.observe.events import Observer
 from tests.conftest import ROOT
@@ -201,3 +202,77 @@ def test_conversations_without_a_beginning_get_none_from_llama_cpp(tmp_path: Pat
     assert any("before every conversation" in text for text in made.look("q8_0").failures)
     made.gguf(["q8_0"], begins_with_bos=False)
     assert made.look("q8_0").failures == []
+
+
+SPACE = "\u2581"
+FIRST = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+CHATML = ["<|im_start|>", "<|im_end|>"]
+HARD = [
+    *ORDINARY, *FURTHER, "", " ", "x" + 9 * " " + "y", "a\n\n\n b\t\tc", "----====****", "<s> </s>x", "<0x0A>",
+    "a\u00a0b\u3000\u200bc", "e\u0301 ﷺ \U0001f3f4\u200d\u2620\ufe0f", "\U00012345 \ud7ff\ue000",
+]  # fmt: skip
+
+
+def as_saved(tokenizer: dict[str, Any]) -> str:
+    return "llama-2"
+
+
+def with_a_space_at_the_beginning_only(tokenizer: dict[str, Any]) -> str:
+    """As transformers 5 saves what it reads from a tokenizer.model."""
+    tokenizer.update(normalizer=None, pre_tokenizer=FIRST)
+    return "llama-2"
+
+
+def with_added_tokens(tokenizer: dict[str, Any]) -> str:
+    """As tuned for chat by others: the new tokens are in no tokenizer_config.json."""
+    tokens = [(name, True) for name in CHATML] + [("<tool>", False)]
+    tokenizer["added_tokens"] += [added(32_000 + n, *token) for n, token in enumerate(tokens)]
+    return "chatml"
+
+
+def with_tokens_that_strip(tokenizer: dict[str, Any]) -> str:
+    """As Phi-3's take the newline after them."""
+    names = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer["added_tokens"] += [
+        added(32_000 + n, name, rstrip=name != "<|endoftext|>") for n, name in enumerate(names)
+    ]
+    tokenizer["added_tokens"][2]["rstrip"] = True  # </s>
+    return "phi-3"
+
+
+def added(token: int, text: str, special: bool = True, rstrip: bool = False) -> dict[str, Any]:
+    return {
+        "id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": rstrip,
+        "normalized": False, "special": special,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [as_saved, with_a_space_at_the_beginning_only, with_added_tokens, with_tokens_that_strip],
+    ids=lambda change: change.__name__,
+)
+def test_sentencepiece_without_tokenizer_model_splits_alike(change: Any, tmp_path: Path) -> None:
+    assert TOOLS is not None
+    base = tmp_path / "base"
+    shutil.copytree(TOKENIZERS / "llama-2-spm", base)
+    config = shapes()["llama-2"].config
+    (base / "config.json").write_text(
+        json.dumps(
+            {**config.to_dict(), "architectures": ["LlamaForCausalLM"], "vocab_size": 32_064}
+        )
+    )
+    said = json.loads((base / "tokenizer.json").read_text())
+    template = change(said)
+    (base / "tokenizer.json").write_text(json.dumps(said))
+    tokenizer = load_tokenizer(base, template)
+    texts = []
+    for text in HARD:
+        messages: list[Any] = [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": f"{text}<tool>{text}"},
+            {"role": "user", "content": "And now?"},
+        ]
+        texts.append(tokenizer.template.render(messages, []))
+    for text, found in zip(texts, ids_in_llama_cpp(base, tokenizer, TOOLS, texts), strict=True):
+        assert found == tokenizer.ids_of(text), text

@@ -44,6 +44,15 @@ def convert(
         raise _refused("the merged model", log, target)
 
 
+def convert_vocabulary(tools: Path, model: Path, target: Path, log: Path, name: str) -> None:
+    """The vocabulary alone, of a folder that needs no weights. Raises VerificationError."""
+    done = _converter(tools, "convert_hf_to_gguf.py", [
+        str(model), "--outfile", str(target), "--vocab-only", "--model-name", name,
+    ], log)  # fmt: skip
+    if done != 0 or not target.is_file():
+        raise _refused("the tokenizer", log, target)
+
+
 def convert_adapter(tools: Path, base: Path, adapter: Path, target: Path, log: Path) -> None:
     """A LoRA adapter in peft's format as GGUF; of the base its configuration is read."""
     done = _converter(tools, "convert_lora_to_gguf.py", [
@@ -123,18 +132,16 @@ def count_tensors(tools: Path, path: Path, log: Path) -> int:
     return int(_ask(tools, {"do": "count_tensors", "path": str(path)}, log)["tensors"])
 
 
-def settle_tokenizer(
-    tools: Path, path: Path, folder: Path, begins_with_bos: bool, log: Path
-) -> None:
-    """Put right what the converter cannot know of the tokenizer in a folder: that no beginning-of-
-    sequence token goes before conversations which have none, and a SentencePiece vocabulary's scores
-    where there is only tokenizer.json."""
-    _ask(
-        tools,
-        {"do": "settle_tokenizer", "path": str(path), "folder": str(folder),
-         "begins_with_bos": begins_with_bos},
-        log,
-    )  # fmt: skip
+def add_no_bos(tools: Path, path: Path, log: Path) -> None:
+    """Have a file itself say that no beginning-of-sequence token goes before a text, whatever the
+    tokenizer says."""
+    _ask(tools, {"do": "add_no_bos", "path": str(path)}, log)
+
+
+def tokenize(tools: Path, path: Path, texts: list[str], log: Path) -> list[list[int]]:
+    """The texts' tokens as a GGUF file has them, which need not hold any weights."""
+    answer = _ask(tools, {"do": "tokenize", "path": str(path), "texts": texts}, log)
+    return [[int(token) for token in ids] for ids in answer["ids"]]
 
 
 def probe(tools: Path, log: Path, **request: Any) -> dict[str, Any]:
@@ -169,7 +176,7 @@ def _ask(tools: Path, request: dict[str, Any], log: Path) -> dict[str, Any]:
             text = answer.read()
     if process.returncode != 0:
         tail = log.read_text("utf-8", "replace").strip().splitlines()[-4:]
-        _raise_if_disk_full(tail, log)
+        _raise_if_disk_full(tail, Path(request.get("target") or request.get("write") or log))
         raise VerificationError(
             f"llama.cpp ended with code {process.returncode} at {request['do']}:\n"
             + "\n".join(tail),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,35 +36,12 @@ def count_tensors(path: str) -> dict[str, Any]:
     return {"tensors": len(gguf.GGUFReader(path).tensors)}
 
 
-def settle_tokenizer(path: str, begins_with_bos: bool, folder: str) -> dict[str, Any]:
-    """Put right, in the file itself, what the converter cannot know of the tokenizer in `folder`."""
-    reader = gguf.GGUFReader(path, "r+")
-    add_bos = reader.get_field(gguf.Keys.Tokenizer.ADD_BOS)
-    if add_bos is not None and not begins_with_bos:
+def add_no_bos(path: str) -> dict[str, Any]:
+    """Have the file itself say that no beginning-of-sequence token goes before a text."""
+    add_bos = gguf.GGUFReader(path, "r+").get_field(gguf.Keys.Tokenizer.ADD_BOS)
+    if add_bos is not None:
         add_bos.parts[add_bos.data[0]][:] = False
-    scores = reader.get_field(gguf.Keys.Tokenizer.SCORES)
-    known = _scores(Path(folder) / "tokenizer.json")
-    unscored = scores is not None and all(scores.parts[i][0] == NO_SCORE for i in scores.data)
-    if unscored and known:
-        for token, index in enumerate(scores.data):
-            scores.parts[index][:] = known.get(token, -len(known) - 1)
-    return {"scored": bool(unscored and known)}
-
-
-# What the converter writes for a SentencePiece vocabulary that comes without tokenizer.model, which
-# transformers saves no more.
-NO_SCORE = -1000.0
-
-
-def _scores(path: Path) -> dict[int, float]:
-    """Scores that have libllama join pieces in the order in which the tokenizer does: the earlier a
-    piece's first merge, the higher."""
-    model = json.loads(path.read_text("utf-8")).get("model", {})
-    scores: dict[int, float] = {}
-    for rank, merge in enumerate(model.get("merges") or []):
-        left, right = merge if isinstance(merge, list) else merge.split(" ", 1)
-        scores.setdefault(model["vocab"][left + right], -float(rank))
-    return scores
+    return {}
 
 
 def pre_tokenizer(folder: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
-from jobs.export.llama.libllama import Model
+from jobs.export.llama.libllama import Model, Vocabulary
 
 Row = dict[str, list[int]]  # input_ids and labels; a label below 0 is not trained
 
@@ -47,6 +47,12 @@ def probe(
         "tokens_per_second": _rate(generated, seconds),
         "bits_per_weight": bits_per_weight(llm),
     }
+
+
+def tokenize(path: str, texts: list[str]) -> dict[str, Any]:
+    """Token ids of texts, as the vocabulary in a file has them."""
+    vocabulary = Vocabulary(path)
+    return {"ids": [vocabulary.tokenize(text) for text in texts]}
 
 
 def special_tokens(llm: Model) -> dict[str, Any]:

@@ -15,7 +15,10 @@ import os
 import select
 import signal
 import sys
+from pathlib import Path
 from typing import Any
+
+SMALL = 64 * 2**20  # bytes: threads that share less wait for one another longer than they reckon
 
 
 def main() -> None:
@@ -48,6 +51,8 @@ class _Talker:
         import llama_cpp
 
         self.lib = llama_cpp
+        if Path(model).stat().st_size < SMALL:
+            threads = 1
         self.llm = llama_cpp.Llama(
             model, n_ctx=context, n_batch=256, n_threads=threads, n_threads_batch=threads,
             verbose=False,

@@ -25,8 +25,9 @@ def main() -> None:
         "imatrix": quantizing.imatrix,
         "probe": probing.probe,
         "score": probing.score,
+        "tokenize": probing.tokenize,
         "count_tensors": files.count_tensors,
-        "settle_tokenizer": files.settle_tokenizer,
+        "add_no_bos": files.add_no_bos,
         "split": files.split,
         "pre_tokenizer": files.pre_tokenizer,
     }
