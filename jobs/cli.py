@@ -105,6 +105,7 @@ def _with_command(argv: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lorajob",
+        allow_abbrev=False,  # an option that is cut off may mean another one some day
         description=texts.MAIN,
         epilog=f"`lorajob COMMAND --help` says more of each.\n\n{texts.SPEC}\n{texts.ALL_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     subs = {}
     for name, (do, text, more) in COMMANDS.items():
         subs[name] = commands.add_parser(
-            name, help=text.partition("\n")[0], description=text, epilog=more,
+            name, allow_abbrev=False, help=text.partition("\n")[0], description=text, epilog=more,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         subs[name].set_defaults(do=do)
@@ -264,6 +265,10 @@ def _stall_watch(spec: Spec, folder: Path, observer: Observer) -> AbstractContex
 
     def tell(error: LorajobError) -> None:
         write_termination(outcome_of(error, **observer.reached.fields()))
+        # Last, for what hangs may be what it has to be written to.
+        observer.event(
+            "run_failed", code=error.exit_code, error=error.message, what_to_do=error.hint
+        )
 
     log = folder / "logs" / "stall.log"
     watch = StallWatch(60 * spec.limits.stall_minutes, log, tell)

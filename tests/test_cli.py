@@ -19,6 +19,9 @@ import pytest
 
 from jobs import cli
 from jobs.errors import DataError
+from jobs.observe.events import Observer
+from jobs.observe.stall import Stalled, StallWatch
+from jobs.spec_source import load_spec
 from tests.conftest import BASE, ROOT, Result, lorajob
 
 ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]}
@@ -558,3 +561,22 @@ def test_a_run_that_is_interrupted_says_so_and_leaves_nothing_half(desk: Desk) -
     assert not (desk.work / "t/.work/stages/train.json").exists()
     assert not (desk.work / "t/.work/train").exists()
     assert list((desk.work / "t").glob(".building-*")) == []
+
+
+def test_a_run_that_gets_nowhere_is_told_as_failed_in_the_log_too(desk: Desk) -> None:
+    desk.do("check")  # writes the spec
+    spec = load_spec(str(desk.folder / "spec.yaml"), {})
+    with Observer("json") as observer:
+        observer.keep_in(desk.folder / "run.jsonl")
+        watch = cli._stall_watch(spec, desk.folder, observer)
+        assert isinstance(watch, StallWatch)
+        watch._tell(Stalled("no progress for 5 seconds", "start it again"))
+    last = json.loads((desk.folder / "run.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["code"]) == ("run_failed", 10)
+    assert last["error"] == "no progress for 5 seconds"
+
+
+def test_an_option_is_named_whole() -> None:
+    result = lorajob("check", "--row", "3", "my.yaml")
+    assert result.code == 2
+    assert "--row" in result.err
