@@ -8,6 +8,12 @@ from rich.console import Console
 from rich.text import Text
 
 BAR = 30  # characters of the histogram's longest bar
+# What a source is for that is not trained on in its own right.
+USE = {
+    "eval": ", for evaluation",
+    "retention": ", what should not be forgotten",
+    "replay": ", to be replayed",
+}
 
 
 def print_check(found: dict[str, Any]) -> None:
@@ -25,8 +31,7 @@ def print_check(found: dict[str, Any]) -> None:
             + (f"; today's date is {template['date']}" if template["date"] else ""),
         ),
         *(
-            ("data", f"{s['source']}: {s['rows']} rows of {s['format']}"
-             + (", for evaluation" if s["side"] == "eval" else ""))
+            ("data", f"{s['source']}: {s['rows']} rows of {s['format']}{USE.get(s['side'], '')}")
             for s in data["sources"]
         ),
         (

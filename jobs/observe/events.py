@@ -66,9 +66,7 @@ class Ticker:
             if due:
                 self._last = time.monotonic()
         if self._observer.bars and self._task is not None:
-            # While training the view has figures of its own, which stand still.
-            shown = "" if self._observer.snapshot.figures_shown else redact(note)
-            self._observer.bars.update(self._task, advance=count, note=shown)
+            self._observer.bars.update(self._task, advance=count, note=redact(note))
         elif due:
             unit = {"unit": self._unit} if self._unit else {}
             self._observer.event(
@@ -250,6 +248,7 @@ _TERMINAL = {
     "run_start": "[bold]lorajob[/bold] {version}: [bold]{name}[/bold] in {folder}",
     "stage_done": "  [green]done[/green]     {stage:<8} {seconds:6.1f} s  {note}",
     "stage_skipped": "  [dim]as before {stage:<8}           {note}[/dim]",
+    "stopped_early": "  [dim]the held-out loss falls no more: stopped at step {step} of {of}[/dim]",
     "already_published": "  [green]nothing to do[/green]: the same run has published everything to {where}",
     "gpu": "  [dim]{text}[/dim]",
     "library_warning": "  [dim]{source}: {text}[/dim]",

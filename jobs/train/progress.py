@@ -46,7 +46,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         self._best: dict[str, torch.Tensor] | None = None
         self._ticker: Any = None
         self._context: Any = None
-        self._eval_note = ""
         self._began_at = 0.0  # epochs done before this process
         self.trainer: Trainer
         self.plan: Plan
@@ -162,7 +161,6 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 "step": state.global_step,
                 "eval_loss": round(logs["eval_loss"], 6),
             }
-            self._eval_note = f" eval {entry['eval_loss']:.3f}"
             self.observer.event("eval", **entry)
             if self.retained and "eval_retention_0" in logs:
                 losses = [logs[f"eval_retention_{n}"] for n in range(len(self.retained))]
@@ -187,9 +185,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
                 "tokens_per_second": round(done / seconds, 1),
             }
             self.observer.event("train_step", of=state.max_steps, **entry)
-            self._ticker.advance(
-                1, f"loss {loss:.3f}{self._eval_note}  {entry['tokens_per_second']:.0f} tok/s"
-            )
+            self._ticker.advance()
         else:
             return
         self.history.append(entry)

@@ -73,19 +73,21 @@ def test_a_gpus_memory_is_shown_with_all_there_is() -> None:
     assert "GPU 8.0 of 64.0 GiB" in figures_line(snapshot).plain
 
 
-def test_a_step_that_is_no_training_keeps_its_note() -> None:
+def test_a_step_has_its_note_beside_its_bar() -> None:
     stream = io.StringIO()
     with Observer("terminal", stream) as observer:
         assert observer.bars
         with observer.ticker("verifying", 3) as ticker:
             ticker.advance(note="q8_0")
             assert observer.bars.tasks[0].fields["note"] == "q8_0"
-        observer.event("stage_start", stage="train")
-        observer.event("train_step", **STEP)
-        with observer.ticker("training", 20) as ticker:
-            ticker.advance(note="loss 1.25")
-            assert observer.bars.tasks[0].fields["note"] == ""
         assert not observer.bars.tasks
+
+
+def test_a_training_that_is_stopped_early_says_so_on_a_terminal() -> None:
+    stream = io.StringIO()
+    with Observer("terminal", stream) as observer:
+        observer.event("stopped_early", step=40, of=90, best_step=30)
+    assert "stopped at step 40 of 90" in stream.getvalue()
 
 
 def test_a_pipe_gets_json_lines_and_no_escapes() -> None:
@@ -94,7 +96,7 @@ def test_a_pipe_gets_json_lines_and_no_escapes() -> None:
         observer.event("stage_start", stage="train")
         with observer.ticker("training", 20) as ticker:
             observer.event("train_step", **STEP)
-            ticker.advance(note="loss 1.25")
+            ticker.advance()
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [event["event"] for event in events] == ["stage_start", "train_step"]
     assert "\x1b" not in stream.getvalue()
