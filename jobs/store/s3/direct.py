@@ -1,27 +1,25 @@
 """Requests that move bytes, without what boto3 does around each.
 
 boto3 takes more than a millisecond of Python for a request, which for thousands of small files is
-longer than the server takes, and it copies a large body in pieces of 16 KB. Its connections and its
-parser of errors are used here as they are; the signature, version 4 of AWS's, is made here. Where the
-bucket is and for which region its requests are signed is learned from a request that boto3 has made.
+longer than the server takes, and it copies a large body in pieces of 16 KB. Its connections, its
+signatures and its parser of errors are used here as they are. Where the bucket is and for which region
+its requests are signed is learned from a request that boto3 has made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import hmac
 import re
 import socket
 import threading
-from datetime import UTC, datetime
-from functools import lru_cache
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from botocore import parsers
-from botocore.awsrequest import AWSPreparedRequest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.exceptions import ClientError
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 UNASKED = 128 << 10
 UNSIGNED = "UNSIGNED-PAYLOAD"
 CRC32 = "x-amz-checksum-crc32"
-DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 SIGNED = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]+/([^/,]+)/s3/aws4_request,")
 
 
@@ -108,10 +105,10 @@ class Direct:
         headers = {
             **headers,
             "User-Agent": self._made.meta.config.user_agent,  # type: ignore[attr-defined]
-            "x-amz-content-sha256": UNSIGNED if unsigned else hashlib.sha256(body).hexdigest(),
         }
+        payload = UNSIGNED if unsigned else hashlib.sha256(body).hexdigest()
         credentials = self._credentials.get_frozen_credentials()
-        sign(method, url, headers, credentials, region)
+        headers = sign(method, url, headers, credentials, region, payload)
         answer = self._session.send(AWSPreparedRequest(method, url, headers, body, True))  # type: ignore[arg-type]
         hurry(answer.raw)
         data = answer.content
@@ -122,51 +119,24 @@ class Direct:
         return answer.headers, data
 
 
+class _Signer(S3SigV4Auth):
+    """boto3's, told what the body's sha256 is, or that it is not signed."""
+
+    def __init__(self, credentials: Any, region: str, payload: str) -> None:
+        super().__init__(credentials, "s3", region)
+        self._payload = payload
+
+    def payload(self, request: AWSRequest) -> str:
+        return self._payload
+
+
 def sign(
-    method: str, url: str, headers: dict[str, str], credentials: Any, region: str, now: str = ""
-) -> None:
-    """Add what signs a request, by version 4 of AWS's signatures, to its headers.
-
-    They have to have `x-amz-content-sha256`; the URL's path and query have to be quoted as S3 does
-    it, and the query's fields to be sorted. `now`: like 20260131T235959Z.
-    """
-    parts = urlsplit(url)
-    now = now or datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    headers["x-amz-date"] = now
-    if credentials.token:
-        headers["x-amz-security-token"] = credentials.token
-    # No others: a proxy may change them.
-    signed = {name: " ".join(value.split()) for name, value in headers.items() if name.startswith("x-amz-")}  # fmt: skip
-    signed["host"] = parts.netloc.removesuffix(DEFAULT_PORTS[parts.scheme])
-    names = sorted(signed)
-    listed = ";".join(names)
-    request = "\n".join(
-        [
-            method,
-            parts.path,
-            parts.query,
-            *(f"{name}:{signed[name]}" for name in names),
-            "",
-            listed,
-            signed["x-amz-content-sha256"],
-        ]
-    )
-    scope = f"{now[:8]}/{region}/s3/aws4_request"
-    text = f"AWS4-HMAC-SHA256\n{now}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
-    key = signing_key(credentials.secret_key, now[:8], region)
-    signature = hmac.digest(key, text.encode(), "sha256").hex()
-    headers["Authorization"] = (
-        f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, "
-        f"SignedHeaders={listed}, Signature={signature}"
-    )
-
-
-@lru_cache(maxsize=8)
-def signing_key(secret: str, day: str, region: str) -> bytes:
-    key = f"AWS4{secret}".encode()
-    for text in (day, region, "s3", "aws4_request"):
-        key = hmac.digest(key, text.encode(), "sha256")
-    return key
+    method: str, url: str, headers: dict[str, str], credentials: Any, region: str, payload: str
+) -> dict[str, str]:
+    """The headers, with those that sign the request. The URL has to be quoted as S3 does it."""
+    request = AWSRequest(method, url, headers)
+    _Signer(credentials, region, payload).add_auth(request)
+    return {name.lower(): value for name, value in request.headers.items()}
 
 
 def send_unasked(params: dict[str, Any], **rest: Any) -> None:
