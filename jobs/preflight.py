@@ -13,7 +13,7 @@ from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DoesNotFitError, in_field
 from jobs.export.gguf import COMPARED_ROWS, PREDICTIONS_BYTES
 from jobs.export.llama.build import find_tools, require_compiler
-from jobs.export.tokenizer_proof import require_same_tokens
+from jobs.export.tokenizer_proof import require_possible
 from jobs.spec import Spec
 from jobs.store.base import KeyStore, Store
 from jobs.store.cache import cache_folder
@@ -75,11 +75,10 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
     tokenizer = files.load()
     origins = find_origins(spec.data, connections)
     if spec.export.needs_llama_cpp:
-        tools = find_tools()
-        if tools is None:
+        if not find_tools():
             require_compiler()
-        with in_field("export.gguf" if spec.export.gguf else "export.adapter_gguf"):
-            require_same_tokens(base.folder, tokenizer, tools, tell)
+        with in_field(spec.export.asks_for_llama_cpp):
+            require_possible(base.folder)
     LocalStore(folder).prove_writable(keep=True)
     for store in targets:
         with in_field("publish"):

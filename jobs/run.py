@@ -17,7 +17,13 @@ from jobs.observe.answers_table import ANSWERS
 from jobs.observe.events import Observer
 from jobs.observe.watchers import watch
 from jobs.pipeline.data import data_stage
-from jobs.pipeline.export import adapter_stage, gguf_stage, merge_stage, verify_stage
+from jobs.pipeline.export import (
+    adapter_stage,
+    gguf_stage,
+    merge_stage,
+    settle_llama_cpp,
+    verify_stage,
+)
 from jobs.pipeline.job import CHECKPOINTS, WORK, Job
 from jobs.pipeline.published import forget_checkpoints, published_before
 from jobs.pipeline.results import add_cards, manifest_of, report
@@ -87,6 +93,7 @@ def _stages(job: Job, lease: Lease) -> dict[str, Any]:
     before = kept_before(job.folder / CHECKPOINTS, ready.keeper)
     observer.reached.safe = lambda: before
     data = data_stage(job)
+    settle_llama_cpp(job)
     checkpoints = checkpoints_of(job, data, lease)
     checkpoints.safe = before
     observer.reached.safe = lambda: _safe(job.stages, checkpoints)
@@ -108,6 +115,7 @@ def _stages(job: Job, lease: Lease) -> dict[str, Any]:
 def _stages_of_given(job: Job, lease: Lease, given: Path) -> dict[str, Any]:
     """The same without any training."""
     data = data_stage(job)
+    settle_llama_cpp(job)
     contents = _results(job, data, given_stage(job, data, given))
     _publish(job, lease, contents["files"])
     stop.over()

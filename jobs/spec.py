@@ -290,6 +290,11 @@ class Export(Section):
     def needs_llama_cpp(self) -> bool:
         return bool(self.gguf) or self.adapter_gguf
 
+    @property
+    def asks_for_llama_cpp(self) -> str:
+        """The field that does, for messages."""
+        return "export.gguf" if self.gguf else "export.adapter_gguf"
+
     def into_dequantized(self, load_in: str, loftq: bool) -> bool:
         """Whether the adapter is merged into the base as it was held while training."""
         if load_in == "16bit" or self.merge_base == "original":

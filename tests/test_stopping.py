@@ -111,7 +111,7 @@ PLACES: list[tuple[str, str | None, Callable[[Child], Any]]] = [
     ("evaluating", "train", lambda c: c.wait_for(a("train_step", step=3))),
     ("saving a checkpoint", "train", lambda c: c.wait_for(a("train_step", step=4))),
     ("merging", "merge", lambda c: c.wait_for(a("stage_start", stage="merge"))),
-    ("converting", "gguf", lambda c: child_process(c, "convert_hf_to_gguf")),
+    ("converting", "gguf", lambda c: child_process(c, ".whole.gguf")),
     ("quantizing", "gguf", lambda c: child_process(c, "llama.worker")),
     ("verifying", "verify", lambda c: c.wait_for(a("stage_start", stage="verify"))),
     ("uploading", "verify", lambda c: c.wait_for(a("stage_done", stage="verify"))),
@@ -187,7 +187,7 @@ def test_killed_in_four_stages_each_start_on_an_empty_disk_ends_the_same(
         lambda c: child_process(c, "spawn_main"),
         lambda c: c.wait_for(a("checkpoint", step=2)),
         lambda c: c.wait_for(a("stage_start", stage="merge")),
-        lambda c: child_process(c, "convert_hf_to_gguf"),
+        lambda c: child_process(c, ".whole.gguf"),
     ):
         with where.start(wanted) as child:
             be_there(child)

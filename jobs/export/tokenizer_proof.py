@@ -47,18 +47,20 @@ FURTHER = [
 HINT = "leave it out, or name another base: the adapter and the merged model need no llama.cpp"
 
 
+def require_possible(base: Path) -> None:
+    """Raises SpecError where tokenizer.json alone says that no GGUF file can hold the tokenizer."""
+    if reason := impossible(read_tokenizer(base)):
+        raise SpecError(reason, HINT)
+
+
 def require_same_tokens(
-    base: Path, tokenizer: ChatTokenizer, tools: Path | None, tell: Callable[[str], None]
+    base: Path, tokenizer: ChatTokenizer, tools: Path, tell: Callable[[str], None]
 ) -> None:
     """Raises SpecError where llama.cpp would read conversations otherwise than the tokenizer does.
 
-    Without the tools only what tokenizer.json says is looked at. `tell` hears of scripts whose tokens
-    differ, where ordinary text's do not. What was found once is not looked for again.
+    `tell` hears of scripts whose tokens differ, where ordinary text's do not. It takes seconds, and
+    what was found once is not looked for again.
     """
-    if reason := impossible(read_tokenizer(base)):
-        raise SpecError(reason, HINT)
-    if tools is None:
-        return
     texts = {"ordinary": _rendered(tokenizer, ORDINARY), "further": _rendered(tokenizer, FURTHER)}
     known = cache_folder() / "tokenizers" / _key(base, tokenizer, list(texts.values()))
     if known.is_file():

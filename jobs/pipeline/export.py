@@ -13,13 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from jobs.base_model import copy_tokenizer, repository_of, settle_stops, write_json
-from jobs.errors import VerificationError, bullet_list
+from jobs.errors import VerificationError, bullet_list, in_field
 from jobs.observe.answers_table import ANSWERS, write_answers
 from jobs.pipeline.job import Job, code_key
 from jobs.secrets import guard_process
 from jobs.stages import Done
 from jobs.train.engines import is_unsloth
 from jobs.train.runtime import settle_threads
+
+
+def settle_llama_cpp(job: Job) -> None:
+    """Have llama.cpp built, and prove that it splits text as the tokenizer does: what cannot become a
+    GGUF file is to be known before hours of training. Raises SpecError."""
+    from jobs.export.llama.build import ensure_tools
+    from jobs.export.tokenizer_proof import require_same_tokens
+
+    export, ready = job.spec.export, job.ready
+    if export.needs_llama_cpp:
+        tools = ensure_tools(job.observer)
+        with in_field(export.asks_for_llama_cpp):
+            require_same_tokens(ready.base.folder, ready.tokenizer, tools, job.observer.warn)
 
 
 def adapter_stage(job: Job, trained: Done) -> Done:
