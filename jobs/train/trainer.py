@@ -166,8 +166,9 @@ def optimizer_of(wanted: str, device: str) -> str:
 
 
 def arguments_of(train: Train, folder: Path, rows: int, evaluates: bool, device: str) -> Any:
-    steps = train.max_steps or max(1, math.ceil(rows / train.batch_size * train.epochs))
-    warmup = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
+    epoch = math.ceil(rows / train.batch_size)  # steps
+    steps = train.max_steps or math.ceil(epoch * train.epochs)
+    warmup = int(train.warmup) if train.warmup >= 1 else math.ceil(train.warmup * steps)
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     return engine().ARGUMENTS(
         **engine().arguments(),
@@ -180,13 +181,14 @@ def arguments_of(train: Train, folder: Path, rows: int, evaluates: bool, device:
         lr_scheduler_type=train.schedule
         if train.schedule != "constant"
         else "constant_with_warmup",
-        warmup_steps=int(warmup),
+        # The first step of a warm-up has a rate of 0: a training that is nothing else learns nothing.
+        warmup_steps=min(warmup, steps - 1),
         weight_decay=train.weight_decay,
         optim=optimizer_of(train.optimizer, device),
         max_grad_norm=train.max_grad_norm,
         # By steps also where it is once per epoch: so it comes before the checkpoint of its step.
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=train.eval_every or math.ceil(rows / train.batch_size),
+        eval_steps=train.eval_every or epoch,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN would be logged as 0
         save_strategy="no",

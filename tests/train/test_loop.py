@@ -17,13 +17,14 @@ from jobs.data.prepare import prepare
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import AccessError, SpecError, VerificationError
 from jobs.observe.events import Observer
-from jobs.spec import Spec
+from jobs.spec import Spec, Train
 from jobs.train import engine_transformers, isolation, loop
 from jobs.train.batches import FlatBatch, Item, PadBatch
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.engine_transformers import load_hf_tokenizer, load_model, quantized_modules
 from jobs.train.loss import evaluate
 from jobs.train.rows import load_rows
+from jobs.train.trainer import arguments_of
 from tests.conftest import BASE, ROOT
 
 DATA = ROOT / "examples" / "demo" / "data"
@@ -174,6 +175,22 @@ def test_packed_training_learns_what_unpacked_training_learns(
     packed = run(tokenizer, prepared, tmp_path / "packed", **whole, packing=True)
     losses = [[e["loss"] for e in r["history"] if "loss" in e] for r in (plain, packed)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("warmup", [0.03, 5])
+def test_a_training_of_one_step_learns(
+    warmup: float, tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+) -> None:
+    result = run(tokenizer, prepared, tmp_path / "out", max_steps=1, warmup=warmup)
+    assert result["history"][0]["learning_rate"] == 1e-3
+    trained = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert any(weight.any() for name, weight in trained.items() if "lora_B" in name)
+
+
+def test_the_warm_up_is_a_share_of_the_steps_that_are_made(tmp_path: Path) -> None:
+    # Nine rows are two steps of eight, so ten epochs are twenty.
+    made = arguments_of(Train(epochs=10, batch_size=8, warmup=0.5), tmp_path, 9, False, "cpu")
+    assert made.warmup_steps == 10
 
 
 def test_an_architecture_that_mixes_packed_conversations_is_refused(
