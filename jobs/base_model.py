@@ -29,6 +29,9 @@ TOKENIZER_FILES = (
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 INDEX = "model.safetensors.index.json"
 
+# How the names of causal language models end: GPT-2's is from before there was a custom.
+CAUSAL = ("ForCausalLM", "GPT2LMHeadModel")
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -139,7 +142,7 @@ def _config(source: str, folder: Path) -> dict[str, Any]:
             f"model.base: {config_path} cannot be read: {error}", "fetch the base model again"
         ) from None
     kinds = config.get("architectures")
-    if not isinstance(kinds, list) or not any(str(kind).endswith("ForCausalLM") for kind in kinds):
+    if not isinstance(kinds, list) or not any(str(kind).endswith(CAUSAL) for kind in kinds):
         raise AccessError(
             f"model.base: {source} is no causal language model: the architectures in its "
             f"config.json are {json.dumps(kinds)}",

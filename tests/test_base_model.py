@@ -6,9 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.base_model import copy_tokenizer, settle_stops
+from jobs.base_model import copy_tokenizer, open_base, settle_stops
 from jobs.data.template import ChatTemplate
 from jobs.data.tokenizer import ChatTokenizer
+from jobs.store.connect import Connections
 from tests.conftest import BASE
 
 # A template whose turns end with a token that the base's files do not name as the end.
@@ -26,6 +27,14 @@ def test_the_template_and_its_end_go_along(tokenizer: ChatTokenizer, tmp_path: P
     assert config["pad_token"] == "<|pad|>"
     assert (tmp_path / "chat_template.jinja").read_text() == OTHER
     assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
+
+
+def test_gpt2_is_a_causal_language_model(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
+    model.save_pretrained(tmp_path)  # no class of transformers is called GPT2ForCausalLM
+    assert open_base(str(tmp_path), Connections()).folder == tmp_path
 
 
 def test_what_fits_already_stays_as_it_was(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
