@@ -92,11 +92,7 @@ def prepare(
         # A small set whose places all fall above the share: the lowest one is held out.
         move_one(train, held_out, int(np.argmin(train.places)))
     if not train.rows:
-        why = f": all {counts.too_long} are longer than {recipe.max_seq_length} tokens"
-        raise DataError(
-            f"nothing is left to train on{why if counts.too_long else ''}",
-            "raise model.max_seq_length, or set data.too_long to truncate",
-        )
+        raise _nothing_left(data, counts, held_out.rows, recipe.max_seq_length)
     order = _keep_order(data.train, train, recipe.seed, out)
     summary = _summary(counts, train, held_out, recipe.max_seq_length)
     held = held_out.places
@@ -124,6 +120,26 @@ def prepare(
     }
     (out / "first.json").write_text(json.dumps(conversations, ensure_ascii=False), "utf-8")
     return summary
+
+
+def _nothing_left(data: Data, counts: Counts, held_out: int, max_seq_length: int) -> DataError:
+    """What to say where no row can be trained on: why, and what would help."""
+    nothing = "nothing is left to train on"
+    if held_out and isinstance(data.eval, float):
+        return DataError(
+            f"{nothing}: all {held_out} conversations are held out for evaluation",
+            f"lower data.eval, which is {data.eval:g}, or add data",
+        )
+    if not counts.too_long:
+        return DataError(nothing, "name data that holds conversations or texts")
+    # What has no whole answer that fits is not cut, and neither is a text.
+    shorter = (
+        "make the data shorter" if data.too_long == "truncate" else "set data.too_long to truncate"
+    )
+    return DataError(
+        f"{nothing}: all {counts.too_long} are longer than {max_seq_length} tokens",
+        f"raise model.max_seq_length, or {shorter}",
+    )
 
 
 @dataclass(frozen=True)
@@ -315,6 +331,12 @@ def _keep_order(
         sample = random.permutation(own)[: round(fraction * len(own))]
         indices += [own] * int(whole) + [np.sort(sample)]
     order = np.concatenate(indices).astype(np.int64)
+    if not len(order):
+        raise DataError(
+            f"nothing is left to train on: the weights of data.train leave none of {train.rows} "
+            "conversations",
+            "raise the weights, or add data",
+        )
     np.save(out / "order.npy", order)
     return order
 

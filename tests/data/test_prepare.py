@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,19 @@ def test_if_all_is_too_long_it_says_so(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", ["two " * 100])
     with pytest.raises(DataError, match="all 1 are longer than 16 tokens"):
         run(tmp_path, a, limit=16)
+
+
+def test_where_nothing_is_left_the_reason_is_named(tmp_path: Path) -> None:
+    two = write(tmp_path / "a.jsonl", ANSWERS[:2])
+    for why, what_to_do, source, more in (
+        ("all 2 .* held out", r"lower data\.eval, which is 0\.99", two, {"eval": 0.99}),
+        ("are longer", "set data.too_long to truncate", two, {"limit": 4}),
+        ("are longer", "make the data shorter", two, {"limit": 4, "too_long": "truncate"}),
+        ("weights .* none of 2", "raise the weights", {"source": two, "weight": 0.2}, {}),
+    ):
+        with pytest.raises(DataError, match=why) as caught:
+            run(tmp_path, source, **more)
+        assert re.search(what_to_do, str(caught.value.hint))
 
 
 def test_the_split_is_a_share_and_stays_when_rows_are_added(
