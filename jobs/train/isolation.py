@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 
 from jobs.data.tokenizer import ChatTokenizer
 from jobs.errors import SpecError
@@ -51,11 +54,30 @@ def is_isolated(model: Any, flat: FlatBatch) -> bool:
     model.eval()
     device = next(model.parameters()).device
     second = []
-    for first in (range(1, 9), range(9, 17)):
-        items: list[Item] = [
-            {"input_ids": list(ids), "labels": list(ids)} for ids in (first, range(17, 25))
-        ]
-        batch = on_device(flat(items), device)
-        second.append(trained_logits(model, batch)[0][-7:])
+    with _each_token_by_itself(model):
+        for first in (range(1, 9), range(9, 17)):
+            items: list[Item] = [
+                {"input_ids": list(ids), "labels": list(ids)} for ids in (first, range(17, 25))
+            ]
+            batch = on_device(flat(items), device)
+            second.append(trained_logits(model, batch)[0][-7:])
     model.train(was_training)
     return torch.equal(*second)
+
+
+@contextmanager
+def _each_token_by_itself(model: Any) -> Iterator[None]:
+    """Within, 8-bit layers round each token by itself.
+
+    LLM.int8 keeps those inputs in 16 bit that are large for any token of a batch, so what is rounded
+    for one token depends on the others: that is no attention, and happens in padded rows as well.
+    """
+    states = [module.state for module in model.modules() if isinstance(module, Linear8bitLt)]
+    before = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold

@@ -204,3 +204,11 @@ def test_an_architecture_that_mixes_packed_conversations_is_refused(
     with pytest.raises(SpecError, match=r"train\.packing"):
         isolation.choose_collate(model, packing, tokenizer, "cpu", Observer("json"))
     assert isolation.is_isolated(load_model(BASE, "4bit", "cpu"), FlatBatch())
+
+
+def test_the_rounding_of_8_bit_is_not_taken_for_conversations_that_see_each_other() -> None:
+    model = load_model(BASE, "8bit", "cpu")
+    before = model.model.layers[0].mlp.up_proj.state.threshold
+    assert before > 0  # inputs above it are looked for over the whole batch
+    assert isolation.is_isolated(model, FlatBatch())
+    assert model.model.layers[0].mlp.up_proj.state.threshold == before
