@@ -90,6 +90,8 @@ def load_model(folder: Path, load_in: LoadIn, device: str) -> PreTrainedModel:
             "fetch the base model again; it must be a causal language model with safetensors weights",
         ) from None
     _keep_weights_in_place(model)
+    if load_in == "8bit":
+        _keep_scales(model)
     return model
 
 
@@ -102,6 +104,23 @@ def _keep_weights_in_place(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _keep_scales(model: PreTrainedModel) -> None:
+    """Have 8-bit layers keep their scales where DoRA asks for their weights on a CPU.
+
+    peft 0.21 puts each weight back as a new parameter, which has the numbers and no scales any more;
+    bitsandbytes would take both from it at the next forward.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    def pass_by(layer: Any, _: Any) -> None:
+        if layer.weight.SCB is None:  # the layer's state has both already
+            layer.weight.CB = None
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(pass_by)
 
 
 def quantized_modules(model: torch.nn.Module) -> list[str]:

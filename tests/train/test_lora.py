@@ -100,3 +100,17 @@ def test_8_bit_loading_holds_bytes_and_trains(
 def test_a_module_that_is_not_there_is_the_specs_mistake() -> None:
     with pytest.raises(SpecError, match=r"lora\.modules_to_save"):
         add_lora(load_model(BASE, "16bit", "cpu"), spec("16bit", modules_to_save=["nothing"]), BASE)
+
+
+def test_dora_trains_on_an_8_bit_base() -> None:
+    model = add_lora(load_model(BASE, "8bit", "cpu"), spec("8bit", dora=True), BASE)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for _ in range(3)]  # the second one had no scales
+    assert torch.isfinite(logits[0]).all()
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    model(input_ids=ids, labels=ids).loss.backward()
+    magnitudes = [p.grad for n, p in model.named_parameters() if "magnitude" in n]
+    assert len(magnitudes) == 28
+    assert all(grad is not None and grad.any() for grad in magnitudes)
