@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
 
 from jobs.base_model import weight_files
 from jobs.errors import SpecError
@@ -74,8 +75,14 @@ def start_with_loftq(model: Any, base: Path, seed: int) -> None:
                 continue
             held = layer.get_base_layer().weight
             key = f"{name.removeprefix('base_model.model.')}.weight"
+            if key not in where:  # checkpoints may leave out the name of the model without its head
+                key = key.removeprefix(f"{model.get_base_model().base_model_prefix}.")
             with safe_open(where[key], "pt") as file:
                 weight = file.get_tensor(key).to(held.device, torch.float32)
+            if getattr(layer.get_base_layer(), "source_cls", None) is Conv1D:
+                weight = (
+                    weight.T
+                )  # GPT-2's lie across, and are turned when they are loaded in 4 bit
             lost = weight - dequantize_4bit(held.data, held.quant_state).reshape(weight.shape)
             rank = layer.r["default"]
             u, s, v = torch.svd_lowrank(lost, q=min(rank + 8, *lost.shape), niter=4)

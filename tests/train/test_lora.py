@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from jobs.base_model import weight_files
 from jobs.data.tokenizer import ChatTokenizer
@@ -114,3 +114,25 @@ def test_dora_trains_on_an_8_bit_base() -> None:
     magnitudes = [p.grad for n, p in model.named_parameters() if "magnitude" in n]
     assert len(magnitudes) == 28
     assert all(grad is not None and grad.any() for grad in magnitudes)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_loftq_knows_the_layers_of_gpt2(prefix: str, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96)).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "model.safetensors"
+    weights = {k.replace("transformer.", prefix): v for k, v in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})  # the Hub's gpt2 has no prefix
+    model = add_lora(load_model(tmp_path, "4bit", "cpu"), spec(loftq=True), tmp_path)
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    assert len(layers) == 4
+    for name, layer in layers.items():
+        key = f"{name.removeprefix('base_model.model.transformer.')}.weight"
+        weight = weights[prefix + key].T
+        held = layer.get_base_layer().weight
+        lost = weight - dequantize_4bit(held.data, held.quant_state).reshape(weight.shape)
+        assert (lost - layer.get_delta_weight("default")).norm() < 0.95 * lost.norm(), name
