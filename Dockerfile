@@ -1,7 +1,7 @@
 # lorajob as one image.
 #
-#   docker build -t lorajob .                       for a GPU: Python 3.12, requirements.lock
-#   docker build -t lorajob:cpu --build-arg VARIANT=cpu --build-arg BASE_IMAGE=debian:bookworm-slim .
+#   docker build -t lorajob:0.1.0 .                 for a GPU: Python 3.12, requirements.lock
+#   docker build -t lorajob:0.1.0-cpu --build-arg VARIANT=cpu --build-arg BASE_IMAGE=debian:bookworm-slim .
 #                                                   without one: Python 3.11, requirements-cpu.lock
 #
 # pip is told of a registry of your own (for the CPU image: of one that has torch's CPU builds) by

@@ -13,18 +13,25 @@ TORCH := 2.13.0
 TORCH_CPU_HASH := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock charts tools clean
+.PHONY: help setup setup-gpu demo test lint lock charts tools clean
 
 help:
-	@echo "make demo    the whole job on this machine: about 3 minutes the first time, then a second"
-	@echo "make test    the tests"
-	@echo "make lint    ruff and mypy"
-	@echo "make charts  write what of helm/, k8s/ and docs/ is made from the code"
-	@echo "make tools   build llama.cpp now"
-	@echo "make lock    write both locks anew from pyproject.toml"
-	@echo "make clean   remove .venv and runs/ (not the cache in $(CACHE))"
+	@echo "make demo       the whole job on this machine: about 3 minutes the first time, then a second"
+	@echo "make setup      $(VENV)/bin/lorajob, for the processor, with what the tests need"
+	@echo "make setup-gpu  $(VENV)/bin/lorajob, for an NVIDIA GPU: Python 3.12, x86-64, driver 580"
+	@echo "make test       the tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make charts     write what of helm/, k8s/ and docs/ is made from the code"
+	@echo "make tools      build llama.cpp now"
+	@echo "make lock       write both locks anew from pyproject.toml"
+	@echo "make clean      remove .venv and runs/ (not the cache in $(CACHE))"
 
-setup: $(VENV)/.ready
+setup: $(VENV)/bin/lorajob
+
+# The program of this checkout: it runs from any folder, and a link to it does too.
+$(VENV)/bin/lorajob: $(VENV)/.ready
+	@printf '#!/bin/sh\nexec "%s/bin/python" "%s/entrypoint.py" "$$@"\n' "$(abspath $(VENV))" "$(CURDIR)" > $@
+	@chmod +x $@
 
 $(VENV)/.ready: requirements-cpu.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lorajob needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)"; echo "  -> make PYTHON=python3.12 ..."; exit 4; }
@@ -37,6 +44,18 @@ $(VENV)/.ready: requirements-cpu.lock
 	@$(PIP) --require-hashes --no-deps -r requirements-cpu.lock
 	@$(PY) -c 'import torch' 2>/dev/null || { echo "this registry has torch for CUDA only: fetching the libraries it loads (3 GB)"; $(PIP) torch==$(TORCH); }
 	@touch $@
+
+# The CUDA lock: no tools for development, so neither `make test` nor `make lint`. A $(VENV) that is
+# there is replaced, and `make setup` leaves the new one as it is.
+GPU_PYTHON ?= python3.12
+setup-gpu:
+	@$(GPU_PYTHON) -c 'import sys, platform; sys.exit((sys.version_info[:2], platform.system(), platform.machine()) != ((3, 12), "Linux", "x86_64"))' || { echo "requirements.lock is for Python 3.12 on x86-64 Linux, and $(GPU_PYTHON) is not that"; echo "  -> make setup-gpu GPU_PYTHON=/path/to/python3.12, or the container image"; exit 4; }
+	@$(GPU_PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(GPU_PYTHON) has no venv module"; echo "  -> Debian, Ubuntu: apt-get install python3.12-venv"; exit 4; }
+	@rm -rf $(VENV) && $(GPU_PYTHON) -m venv $(VENV)
+	@echo "installing the locked packages into $(VENV) (5.5 GB on the disk)"
+	@$(PIP) --require-hashes --no-deps --only-binary :all: -r requirements.lock
+	@touch $(VENV)/.ready
+	@$(MAKE) --no-print-directory setup
 
 tools: setup
 	@$(PY) entrypoint.py tools

@@ -114,8 +114,9 @@ def _image() -> str:
 ## What the image must be
 
 The repository's Dockerfile makes it: `docker build -t lorajob:{__version__} .`, and with
-`--build-arg VARIANT=cpu` `lorajob:{__version__}-cpu`. It runs as user 1000 and writes to `/work`, `/cache`
-and `/tmp` alone, which are the volumes here.
+`--build-arg VARIANT=cpu --build-arg BASE_IMAGE=debian:bookworm-slim` `lorajob:{__version__}-cpu`. Push it to
+where the cluster pulls from, and set `image.repository`; the tag is the chart's appVersion. It runs as
+user 1000 and writes to `/work`, `/cache` and `/tmp` alone, which are the volumes here.
 """
 
 

@@ -80,7 +80,7 @@ Make everything from an adapter that is there.
 An adapter, made by a run or by any other program that saves peft's LoRA, becomes merged weights, GGUF
 files, a model card and a Modelfile; all of it is verified as a run verifies its own. Nothing is trained.
 
-  lorajob export my-run.yaml --gguf q5_k_m        a run's adapter, with its data and its publish
+  lorajob export my-run.yaml --gguf q5_k_m        a run's adapter, with its data
   lorajob export --adapter runs/bot --out bot-gguf --gguf q4_k_m,q8_0
   lorajob export --adapter ./lora --base owner/model@revision --load-in 4bit --out out --data chats.jsonl
 
@@ -152,7 +152,7 @@ Print a script that makes a shell complete commands, options and files.
   fish    lorajob completion fish | source           in ~/.config/fish/config.fish
 
 It completes after the word lorajob. Where that is no program yet, a function makes it one:
-  lorajob() { /path/to/.venv/bin/python /path/to/entrypoint.py "$@"; }
+  PATH=/path/to/checkout/.venv/bin:$PATH
 """
 
 
@@ -248,7 +248,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--publish", action="append", metavar="PLACE",
-        help="a folder, s3://... or hub://owner/name; may be repeated (default: the spec's)",
+        help="a folder, s3://... or hub://owner/name; may be repeated (default: nowhere)",
     )  # fmt: skip
 
 

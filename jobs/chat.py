@@ -27,6 +27,12 @@ def chat(arguments: argparse.Namespace) -> int:
     things = find_things(arguments.place, arguments.base, arguments.adapter, arguments.load_in)
     names = [name.strip() for name in (arguments.side_by_side or things.best).split(",")]
     require_names(things, names, arguments.place)
+    if any(("gguf" if name in things.gguf else name) in things.earlier for name in names):
+        print(
+            f"warning: the training of {arguments.place} was begun anew and has not come to its end: "
+            "these are results of the training before",
+            file=sys.stderr,
+        )
     if set(names) - set(things.gguf):
         quiet_libraries()
     if questions is not None:

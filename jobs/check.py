@@ -8,6 +8,7 @@ from typing import Any
 from jobs.data.conversation import BadRow
 from jobs.data.labels import label
 from jobs.data.prepare import first_conversations
+from jobs.errors import ServiceError
 from jobs.export.llama.build import find_tools
 from jobs.observe.events import Observer
 from jobs.pipeline.data import data_stage, data_warnings
@@ -28,8 +29,18 @@ def check(spec: Spec, folder: Path, rows: int, observer: Observer) -> dict[str, 
     The labelled data stay in the run's folder, where `run` takes them.
     """
     warnings: list[str] = []
-    ready = preflight(spec, folder, warnings.append, keep=False)
-    data = data_stage(Job(spec, ready, Stages(folder, observer)))
+
+    def tell(text: str) -> None:
+        warnings.append(text)
+        observer.notice(text)  # now, too: waiting for a service takes minutes
+
+    try:
+        ready = preflight(spec, folder, tell, keep=False)
+        data = data_stage(Job(spec, ready, Stages(folder, observer)))
+    except ServiceError as error:
+        # What stores say of it is for a run, which goes on where it was.
+        error.hint = "see that it can be reached from here, then check again"
+        raise
     template = ready.tokenizer.template
     gpu = _gpu(spec, ready, data.result["longest"], warnings)
     return {

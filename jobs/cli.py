@@ -6,9 +6,11 @@ The one place where an error becomes a message and an exit code.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import select
+import shlex
 import signal
 import sys
 import traceback
@@ -20,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 from jobs import __version__, stop
 from jobs import arguments as texts
 from jobs.completion import SHELLS
-from jobs.errors import LorajobError, Preempted
+from jobs.errors import AccessError, LorajobError, Preempted
 from jobs.observe.termination import outcome_of, write_termination
 from jobs.reached import Reached
 from jobs.secrets import guard_process, redact, redact_tree
 
 if TYPE_CHECKING:
     from jobs.observe.events import Observer
+    from jobs.run import Outcome
     from jobs.spec import Spec
 
 
@@ -46,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(_with_command(argv))
     try:
+        _require_command_or_file(argv)
+        arguments = _parser().parse_args(_with_command(argv))
         code: int = arguments.do(arguments)
         sys.stdout.flush()
         return code
@@ -100,6 +104,23 @@ def _with_command(argv: list[str]) -> list[str]:
     """`run` is the default: `lorajob`, `lorajob my.yaml` and `lorajob --work w` mean it."""
     known = {*COMMANDS, "-h", "--help", "--version"}
     return argv if argv and argv[0] in known else ["run", *argv]
+
+
+def _require_command_or_file(argv: list[str]) -> None:
+    """Raises AccessError where the first word is neither, which a mistyped command is."""
+    word = argv[0] if argv else ""
+    if not word or word in COMMANDS or not word.replace("-", "").replace("_", "").isalnum():
+        return  # an option, or a path that is no bare word: whether it is there the spec's reader says
+    if word.startswith("-") or Path(word).exists():
+        return
+    near = difflib.get_close_matches(word.lower(), COMMANDS, n=1)
+    guess = f"did you mean `lorajob {shlex.join([near[0], *argv[1:]])}`? " if near else ""
+    error = AccessError(
+        f"there is no command and no file called {word}",
+        f"{guess}The commands are {', '.join(COMMANDS)}; a spec is named by its path",
+    )
+    write_termination(outcome_of(error))
+    raise error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,7 +246,7 @@ def _job(arguments: argparse.Namespace, reached: Reached) -> None:
         for text in warnings:
             observer.warn(text)
         try:
-            contents = run(spec, folder, observer, given)
+            outcome = run(spec, folder, observer, given)
         except LorajobError as error:
             observer.event(
                 "run_failed", code=error.exit_code, error=error.message, what_to_do=error.hint
@@ -248,13 +269,29 @@ def _job(arguments: argparse.Namespace, reached: Reached) -> None:
     if observer.console:
         from jobs.observe.answers_table import answers_table
 
-        observer.console.print(answers_table(redact_tree(contents["stages"]["verify"]["result"])))
-        observer.console.print(
-            f"everything is in [bold]{redact(str(folder))}[/bold]", *_where(contents), sep="\n"
-        )
-        for target in spec.publish:
-            place = target if isinstance(target, str) else f"hub://{target.hub}"
-            observer.console.print(f"published to [bold]{redact(place)}[/bold]")
+        answers = redact_tree(outcome.contents["stages"]["verify"]["result"])
+        observer.console.print(answers_table(answers))
+        lines = _ending(outcome, spec, folder, exported=given is not None)
+        observer.console.print(redact("\n".join(lines)), soft_wrap=True)
+
+
+def _ending(outcome: Outcome, spec: Spec, folder: Path, exported: bool) -> list[str]:
+    """Where everything is, and what to do with it; as rich's markup."""
+    from rich.markup import escape
+
+    places = [t if isinstance(t, str) else f"hub://{t.hub}" for t in spec.publish]
+    contents, here = outcome.contents, outcome.here
+    lines = [f"everything is in [bold]{escape(str(folder))}[/bold]", *_where(contents)]
+    lines = lines if here else ["everything is where it was published before"]
+    lines += [f"published to [bold]{escape(place)}[/bold]" for place in places]
+    if exported and not places:
+        lines.append("nothing is published: --publish PLACE does that")
+    local = [folder] if here else [Path(place) for place in places if "://" not in place]
+    if local:
+        name = shlex.quote(str(local[0]))
+        page = local[0] / "report" / "report.html"
+        lines.append(escape(f"next: lorajob chat {name}; how it went is in {page}"))
+    return lines
 
 
 def _stall_watch(spec: Spec, folder: Path, observer: Observer) -> AbstractContextManager[object]:

@@ -1,7 +1,8 @@
 """`lorajob export`: from an adapter that is there to everything that a run makes of one.
 
 It is the run's own pipeline with the adapter in the place of the training: this says what is asked of
-it, as a spec.
+it, as a spec. It publishes where the command line says and nowhere else: what a run has published
+there would be replaced.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jobs.base_model import repository_of
 from jobs.errors import SpecError
 from jobs.export.adapter import find_adapter, lora_of, read_config
 from jobs.spec import Spec
+from jobs.spec_mistakes import mistakes
 from jobs.spec_source import load_spec
 from jobs.store.manifest import NAME as MANIFEST
 
@@ -91,7 +93,7 @@ def _of_spec(arguments: argparse.Namespace) -> Request:
             "lora": {**lora_of(config), "loftq": spec.lora.loftq and model["load_in"] == "4bit"},
             "export": _export(arguments, fields["export"]),
             "verify": _verify(arguments, fields["verify"]),
-            "publish": arguments.publish or fields["publish"],
+            "publish": arguments.publish or [],
         }
     )
     folder = arguments.out or Path("exports") / changed.name
@@ -102,12 +104,27 @@ def _spec(fields: dict[str, Any]) -> Spec:
     try:
         return Spec.model_validate(fields)
     except ValidationError as error:
-        said = [
-            f"{'.'.join(str(part) for part in found['loc'])}: "
-            + found["msg"].removeprefix("Value error, ")
-            for found in error.errors()
-        ]
-        raise SpecError("\n".join(dict.fromkeys(said)), "see lorajob export --help") from None
+        said = "\n".join(_as_option(text) for text in mistakes(error, fields))
+        raise SpecError(said, "see lorajob export --help") from None
+
+
+# The options that say what a field holds.
+OPTIONS = {
+    "name": "--name",
+    "model.base": "--base",
+    "model.chat_template": "--template",
+    "data.train": "--data",
+    "export.gguf": "--gguf",
+    "verify.max_new_tokens": "--max-new-tokens",
+    "publish": "--publish",
+}
+
+
+def _as_option(mistake: str) -> str:
+    """A mistake in a field as one in the option that set it."""
+    field, colon, text = mistake.partition(": ")
+    option = next((o for f, o in OPTIONS.items() if field == f or field.startswith(f"{f}.")), field)
+    return option + colon + text
 
 
 def _export(arguments: argparse.Namespace, before: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from jobs.store.connect import Connections
 from jobs.store.local import LocalStore, existing
 from jobs.store.retry import Retries
 from jobs.train.memory import BYTES_OF, HALF, checkpoint_bytes
+from jobs.train.modules import require_modules_of_weights
 from jobs.train.shape import describes, read_shape
 
 # Bits a weight takes in each of llama.cpp's types, block scales included, rounded up
@@ -71,6 +72,7 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
         targets = [connections.target(target) for target in spec.publish]
     with in_field("model.base"):
         base = open_base(spec.model.base, connections)
+    require_modules_of_weights(spec.lora, base)
     files = TokenizerFiles(base.folder, spec.model.chat_template, spec.model.template_date)
     tokenizer = files.load()
     origins = find_origins(spec.data, connections)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,22 @@ from jobs.store.publish import publish, publish_to_all
 from jobs.train.checkpoints import Checkpoints, kept_before
 from jobs.train.runtime import settle_gpu, settle_threads
 
+NAMED = 5  # files that a place loses, by name; more are counted
 
-def run(spec: Spec, folder: Path, observer: Observer, given: Path | None = None) -> dict[str, Any]:
-    """Do the whole job in `folder`; returns the manifest. Raises a LorajobError.
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to: its manifest, and where that and all it lists are."""
+
+    contents: dict[str, Any]
+    manifest: str
+    here: bool = (
+        True  # in the run's folder; else in its targets alone, where an earlier start put it
+    )
+
+
+def run(spec: Spec, folder: Path, observer: Observer, given: Path | None = None) -> Outcome:
+    """Do the whole job in `folder`. Raises a LorajobError.
 
     With an adapter `given` nothing is trained: it is what all else is made of.
     """
@@ -59,15 +73,15 @@ def run(spec: Spec, folder: Path, observer: Observer, given: Path | None = None)
         held.enter_context(_lease(LocalStore(folder / WORK), spec, observer))
         lease = held.enter_context(_lease(ready.keeper, spec, observer))
         job = Job(spec, ready, Stages(folder, observer), settle_threads())
-        contents = _stages_of_given(job, lease, given) if given else _stages(job, lease)
+        outcome = _stages_of_given(job, lease, given) if given else _stages(job, lease)
     observer.event(
         "run_done",
         seconds=round(time.monotonic() - start, 1),
         retries=ready.connections.retries.reasons,
-        manifest=str(folder / manifest.NAME),
+        manifest=outcome.manifest,
         published=[store.url for store in ready.targets],
     )
-    return contents
+    return outcome
 
 
 def _lease(store: KeyStore | None, spec: Spec, observer: Observer) -> AbstractContextManager[Lease]:
@@ -83,13 +97,13 @@ def _lease(store: KeyStore | None, spec: Spec, observer: Observer) -> AbstractCo
     return held_lease(store, who, observer.warn, lost, ttl, wait=1.5 * ttl)
 
 
-def _stages(job: Job, lease: Lease) -> dict[str, Any]:
-    """Everything from the data to the publication; returns the manifest."""
+def _stages(job: Job, lease: Lease) -> Outcome:
+    """Everything from the data to the publication."""
     spec, ready, observer = job.spec, job.ready, job.observer
     if contents := published_before(spec, ready, job.folder):
         observer.event("already_published", where=", ".join(store.url for store in ready.targets))
         forget_checkpoints(job, lease, contents)
-        return contents
+        return Outcome(contents, f"{ready.targets[0].url}/{manifest.NAME}", here=False)
     before = kept_before(job.folder / CHECKPOINTS, ready.keeper)
     observer.reached.safe = lambda: before
     data = data_stage(job)
@@ -109,17 +123,17 @@ def _stages(job: Job, lease: Lease) -> dict[str, Any]:
     stop.check()
     stop.over()  # to end as stopped would have all of it done again
     checkpoints.clear()
-    return contents
+    return Outcome(contents, str(job.folder / manifest.NAME))
 
 
-def _stages_of_given(job: Job, lease: Lease, given: Path) -> dict[str, Any]:
+def _stages_of_given(job: Job, lease: Lease, given: Path) -> Outcome:
     """The same without any training."""
     data = data_stage(job)
     settle_llama_cpp(job)
     contents = _results(job, data, given_stage(job, data, given))
     _publish(job, lease, contents["files"])
     stop.over()
-    return contents
+    return Outcome(contents, str(job.folder / manifest.NAME))
 
 
 def _safe(stages: Stages, checkpoints: Checkpoints) -> str | None:
@@ -159,8 +173,15 @@ def _publish(job: Job, lease: Lease, files: list[FileEntry]) -> None:
     size = sum(file["size"] for file in files)
 
     def send(store: Store) -> None:
+        def removed(names: list[str]) -> None:
+            more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+            observer.warn(
+                f"{store.url} had {len(names)} files of an earlier manifest that this one does not "
+                f"list; they are removed: {', '.join(names[:NAMED])}{more}"
+            )
+
         with observer.ticker(f"publishing to {store.url}", size, "bytes", "sent") as ticker:
-            sent = publish(job.folder, files, store, ticker.advance)
+            sent = publish(job.folder, files, store, ticker.advance, removed)
         observer.event("published", target=store.url, **sent)
 
     def failed(url: str, error: LorajobError) -> None:

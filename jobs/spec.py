@@ -9,8 +9,9 @@ Nothing here touches the network, the disk or torch: a wrong spec is answered at
 
 from __future__ import annotations
 
+import re
 from datetime import date
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +34,8 @@ NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]{0,51}[a-z0-9])?$"
 # No system takes a NUL character in a path.
 PLACE_PATTERN = r"^[^\x00]+$"
 
+ENDPOINT_PATTERN = r"^https?://[^/?#@]+/?$"
+
 # llama.cpp's names for the file types that libllama can write (its enum llama_ftype), lower case.
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q5_1",
@@ -40,6 +43,11 @@ GgufType = Literal[
     "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs",
     "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
+
+# As many write them: Q4_K_M.
+_Upper = Annotated[
+    str, Field(json_schema_extra={"enum": [kind.upper() for kind in get_args(GgufType)]})
+]
 
 # Those that libllama writes with an importance matrix only.
 NEED_IMATRIX = frozenset(
@@ -66,6 +74,27 @@ def _no_secret(text: str) -> str:
 
 
 Place = Annotated[str, Field(pattern=PLACE_PATTERN), AfterValidator(_no_secret)]
+
+
+def share_of(text: str) -> float | None:
+    """What a percentage is as a share: 0.1 of `10%`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    return float(match[1]) / 100 if match else None
+
+
+def _text_as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _names(value: Any) -> Any:
+    """Names in a list; a text is one of them."""
+    if isinstance(value, str) and "," in value:
+        names = ", ".join(name.strip() for name in value.strip("[]").split(","))
+        raise ValueError(f"several are a list: write [{names}]")
+    return _text_as_list(value)
+
+
+Names = Annotated[list[str], BeforeValidator(_names, json_schema_input_type=str | list[str])]
 
 
 class Section(BaseModel):
@@ -138,6 +167,14 @@ Sources = Annotated[
 ]
 
 
+def _as_share(value: Any) -> Any:
+    if isinstance(value, str) and (share := share_of(value)) is not None:
+        raise ValueError(f"a share is a number: write {share:g}")
+    if isinstance(value, str) and re.fullmatch(r"\s*\d*\.?\d+\s*", value):
+        raise ValueError("a share is a number: remove the quotes")
+    return value
+
+
 class Replay(Section):
     sources: Sources
     """Data like that which the base learned from: texts, of which each token is trained, or
@@ -152,7 +189,12 @@ class Data(Section):
     train: Sources
     """Where the conversations come from: a path or address, a source with its fields, or a list of
     these, which are read one after another."""
-    eval: Annotated[Float, Field(ge=0, lt=1)] | Sources = 0.0
+    eval: Annotated[
+        Annotated[Float, Field(ge=0, lt=1)] | Sources,
+        BeforeValidator(
+            _as_share, json_schema_input_type=Annotated[Float, Field(ge=0, lt=1)] | Sources
+        ),
+    ] = 0.0
     """The share of the conversations held out for evaluation, or sources of their own."""
     retention: Sources | None = None
     """What the model should not get worse at: texts or conversations, never trained on, whose loss is
@@ -173,6 +215,19 @@ class Data(Section):
     every unusable row does."""
 
 
+def _as_targets(value: Any) -> Any:
+    if value == "all-linear" or isinstance(value, list):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("all-linear is wanted, or names of modules, as [q_proj, v_proj]")
+    if re.fullmatch(r"all([-_ ]?linear)?", value.strip(), re.IGNORECASE):
+        raise ValueError("every linear layer is written all-linear")
+    return _names(value)
+
+
+Targets = Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+
+
 class Lora(Section):
     rank: Annotated[Int, Field(ge=1, le=1024)] = 16
     """Rank of the two low-rank matrices."""
@@ -180,7 +235,9 @@ class Lora(Section):
     """The update is scaled by alpha / rank."""
     dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the input of each LoRA layer while training."""
-    target: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    target: Annotated[
+        Targets, BeforeValidator(_as_targets, json_schema_input_type=Targets | str)
+    ] = "all-linear"
     """Which layers get LoRA: every linear layer but the output head, or names of modules, such as
     `[q_proj, v_proj]`."""
     rslora: bool = False
@@ -192,7 +249,7 @@ class Lora(Section):
     """Begin with the matrices that make up for what 4-bit loading took off the weights (LoftQ)."""
     bias: Literal["none", "lora_only", "all"] = "none"
     """Which biases are trained: none, those of layers with LoRA, or all."""
-    modules_to_save: list[str] = []
+    modules_to_save: Names = []
     """Modules that are trained whole and saved with the adapter: embed_tokens, lm_head, norms."""
 
 
@@ -248,6 +305,13 @@ class Train(Section):
         return self.early_stopping is not None if self.keep_best is None else self.keep_best
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+AnyGgufType = Annotated[GgufType, BeforeValidator(_lower, json_schema_input_type=GgufType | _Upper)]
+
+
 class Export(Section):
     adapter: Literal[True] = True
     """The LoRA adapter in peft's format; it is what training makes, so it is always there."""
@@ -259,7 +323,10 @@ class Export(Section):
     or those that it was trained on, dequantized. `auto` is dequantized for 16 bit, which is nearer to
     what was trained, and original for 4 bit: quantizing what was quantized before rounds a small
     update away."""
-    gguf: list[GgufType] = []
+    gguf: Annotated[
+        list[AnyGgufType],
+        BeforeValidator(_names, json_schema_input_type=GgufType | _Upper | list[GgufType | _Upper]),
+    ] = []
     """GGUF files to make, by llama.cpp's names: q8_0, q4_k_m, ..."""
     imatrix: bool = False
     """Quantize with an importance matrix, made by sending some of the training data through the model:
@@ -345,8 +412,19 @@ class Prompt(Section):
     """Text that the tuned model's answer must contain, whatever the case of its letters."""
 
 
+def _as_prompt(value: Any) -> Any:
+    return {"ask": value} if isinstance(value, str) else value
+
+
+Question = Annotated[str, Field(min_length=1)]
+Prompts = Annotated[
+    list[Annotated[Prompt, BeforeValidator(_as_prompt, json_schema_input_type=Prompt | Question)]],
+    BeforeValidator(_text_as_list, json_schema_input_type=Question | list[Prompt | Question]),
+]
+
+
 class Verify(Section):
-    prompts: list[Prompt] = []
+    prompts: Prompts = []
     """Questions put to the base, the tuned model and each GGUF; without any, the first
     conversations of the evaluation (or training) data are asked."""
     max_new_tokens: Annotated[Int, Field(ge=1)] = 128
@@ -360,8 +438,13 @@ class Verify(Section):
     more than this share: 0.05 is 5 %."""
 
 
+Tracker = Literal["wandb", "mlflow"]
+
+
 class Observe(Section):
-    track: list[Literal["wandb", "mlflow"]] = []
+    track: Annotated[
+        list[Tracker], BeforeValidator(_names, json_schema_input_type=Tracker | list[Tracker])
+    ] = []
     """Experiment trackers that get the curves besides TensorBoard, whose files are always in the run's
     `logs/tensorboard`. Each has to be installed, and takes its address and credentials from its own
     environment variables (WANDB_API_KEY, MLFLOW_TRACKING_URI). One that fails stops no run."""
@@ -388,7 +471,7 @@ class HubTarget(Section):
 
 
 class S3Options(Section):
-    endpoint: Annotated[Place, Field(pattern=r"^https?://[^/?#@]+/?$")] | None = None
+    endpoint: Annotated[Place, Field(pattern=ENDPOINT_PATTERN)] | None = None
     """The server, where it is not AWS: https://minio.example.org:9000. Without it
     AWS_ENDPOINT_URL_S3 and the profile are looked at."""
     region: str | None = None
@@ -416,12 +499,20 @@ class S3(S3Options):
 def _publish_target(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("hub://", "hf://")):
         return {"hub": value.partition("://")[2]}
+    if not isinstance(value, str | dict | HubTarget):
+        raise ValueError("a folder, s3://bucket/prefix or hub: owner/name is wanted")
     return value
 
 
 Target = Annotated[
     HubTarget | Place,
     BeforeValidator(_publish_target, json_schema_input_type=HubTarget | Place),
+]
+
+
+Publish = Annotated[
+    list[Target],
+    BeforeValidator(_text_as_list, json_schema_input_type=Place | list[HubTarget | Place]),
 ]
 
 
@@ -444,9 +535,10 @@ class Spec(Section):
     """What the result has to prove."""
     observe: Observe = Observe()
     """Who is told about the run while it goes on, and what its report shows."""
-    publish: list[Target] = []
+    publish: Publish = []
     """Where the results go: a folder, `s3://bucket/prefix`, or `hub: owner/name` (or
-    `hub://owner/name`). The run's own folder always has them."""
+    `hub://owner/name`). The run's own folder has them too, unless an
+    earlier start had published everything already: then nothing is made again."""
     s3: S3 = S3()
     """How S3 is reached. Credentials are never here: they come from the environment, from mounted
     files or from the machine's role."""

@@ -6,25 +6,23 @@ message repeats it.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from jobs.errors import AccessError, SpecError, bullet_list
-from jobs.secrets import MASK, is_secret_field, looks_like_secret, redact
-from jobs.spec import NAME_PATTERN, PLACE_PATTERN, REPOSITORY_PATTERN, Spec
+from jobs.secrets import MASK, looks_like_secret, redact
+from jobs.spec import Spec
+from jobs.spec_mistakes import CREDENTIALS, Location, mistakes
 
 DEFAULT_PATH = "/etc/lorajob/spec.yaml"
 PREFIX = "LORAJOB__"
-
-Location = tuple[str | int, ...]
 
 
 def load_spec(path: str | None = None, environ: Mapping[str, str] | None = None) -> Spec:
@@ -44,6 +42,7 @@ def load_spec(path: str | None = None, environ: Mapping[str, str] | None = None)
 
 def _load(path: str | None, environ: Mapping[str, str] | None) -> Spec:
     env = os.environ if environ is None else environ
+    _refuse_misspelled(env)
     overrides = {key: value for key, value in env.items() if key.startswith(PREFIX)}
     where = path or env.get("LORAJOB_SPEC") or None
     if where is None and (Path(DEFAULT_PATH).exists() or not overrides):
@@ -59,12 +58,30 @@ def _load(path: str | None, environ: Mapping[str, str] | None) -> Spec:
     try:
         return Spec.model_validate(tree)
     except ValidationError as error:
-        found = _messages(error, tree, lines, origin)
+        found = mistakes(error, tree, lambda loc: _written(loc, lines, origin))
         count = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
         raise SpecError(
             f"{where} has {count}:\n{bullet_list(found)}",
             "mend them and start again; `lorajob schema` prints every field",
         ) from None
+
+
+def _refuse_misspelled(env: Mapping[str, str]) -> None:
+    """A variable that is meant for a field and would set none, because LORAJOB has one underscore
+    after it, is a mistake that nobody would find."""
+    for variable in sorted(env):
+        section, two, _ = variable.removeprefix("LORAJOB_").partition("__")
+        if (
+            variable.startswith("LORAJOB_")
+            and not variable.startswith(PREFIX)
+            and two
+            and section.lower() in Spec.model_fields
+        ):
+            meant = PREFIX + variable.removeprefix("LORAJOB_")
+            raise SpecError(
+                f"{variable} sets nothing: two underscores stand after LORAJOB, too",
+                f"write {meant}, or take the variable out of the environment",
+            )
 
 
 def _read(path: str) -> str:
@@ -132,6 +149,9 @@ _UniqueKeys.add_implicit_resolver(
 )
 
 
+_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number"}
+
+
 def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[Location, int]]:
     """The YAML text as a tree, and the line on which each of its fields stands."""
     try:
@@ -152,7 +172,8 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[Location, int]]:
         return {}, {}
     if not isinstance(tree, dict):
         raise SpecError(
-            f"{where} holds a {type(tree).__name__}, not fields", "start with `name: my-run`"
+            f"{where} holds {_KINDS.get(type(tree), 'one value')}, not fields",
+            "start with `name: my-run`",
         )
     lines: dict[Location, int] = {}
     _note_lines(root, (), lines, set())
@@ -217,12 +238,6 @@ def _value_of(text: str) -> Any:
         return text
 
 
-CREDENTIALS = (
-    "credentials belong into the environment (HF_TOKEN, AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, ...) or into the files mounted for them, never into a spec"
-)
-
-
 def _refuse_secrets(
     tree: dict[str, Any], where: str, lines: dict[Location, int], origin: dict[Location, str]
 ) -> None:
@@ -257,55 +272,6 @@ def _secrets_in(value: Any, at: Location, seen: set[int]) -> Iterator[Location]:
                 yield from _secrets_in(inner, (*at, key), seen)
 
 
-# Where pydantic speaks to programmers.
-_OWN_WORDS = {
-    "model_type": "it is a section: write its fields below it, or leave it out",
-    "string_type": "a text is wanted (put it in quotes)",
-    "invalid_key": "a field's name is a text",
-}
-_PATTERNS = {
-    NAME_PATTERN: "a name has lower-case letters, digits, dots and dashes, at most 53, "
-    "with a letter or digit first and last",
-    REPOSITORY_PATTERN: "a repository on the Hub is owner/name or owner/name@branch",
-    PLACE_PATTERN: "a path is wanted, not empty and without NUL characters",
-}
-LONGEST = 120  # characters shown of a wrong value
-
-
-def _messages(
-    error: ValidationError,
-    tree: dict[str, Any],
-    lines: dict[Location, int],
-    origin: dict[Location, str],
-) -> list[str]:
-    """One line per mistake: field, what is wrong, and where it was written."""
-    found: dict[str, str] = {}
-    for item in error.errors(include_url=False):
-        loc = _fields_of(item["loc"], tree)
-        field = ".".join(str(part) for part in loc) or "the spec"
-        if item["type"] == "extra_forbidden":
-            nearest = _nearest(loc)
-            text = "unknown field" + (f"; did you mean {nearest}?" if nearest else "")
-            if is_secret_field(str(loc[-1])):
-                text = f"unknown field; {CREDENTIALS}"
-        elif item["type"] == "missing":
-            text = "is missing"
-        else:
-            text = _OWN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
-            if item["type"] == "string_pattern_mismatch":
-                text = _PATTERNS.get(item["ctx"]["pattern"], item["msg"])
-            if not isinstance(item["input"], dict | list):
-                got = redact(repr(item["input"]))  # before it is cut: half a secret has no form
-                text += f", got {got if len(got) <= LONGEST else got[:LONGEST] + '...'}"
-        written = _written(loc, lines, origin)
-        # A union reports once for each of its members; the first telling, which may be of a field
-        # inside, is enough.
-        if any(told.startswith(f"{field}.") for told in found):
-            continue
-        found.setdefault(field, f"{field}: {text}" + (f" ({written})" if written else ""))
-    return list(found.values())
-
-
 def _written(loc: Location, lines: dict[Location, int], origin: dict[Location, str]) -> str | None:
     """The variable or the line that a field was written in, or the nearest section around it."""
     return next(
@@ -316,62 +282,3 @@ def _written(loc: Location, lines: dict[Location, int], origin: dict[Location, s
         ),
         None,
     )
-
-
-def _fields_of(loc: Location, tree: dict[str, Any]) -> Location:
-    """pydantic's location as far as it names fields: members of unions have names there too."""
-    real: list[str | int] = []
-    model: type[BaseModel] | None = Spec
-    at: Any = tree
-    for part in loc:
-        is_field = model is not None and part in model.model_fields
-        is_written = (isinstance(at, dict) and part in at) or (
-            isinstance(at, list) and isinstance(part, int)
-        )
-        if not (is_field or is_written):
-            continue
-        real.append(part)
-        if isinstance(part, str):
-            model = _model_of(model, part)
-            at = at.get(part) if isinstance(at, dict) else None
-        else:
-            at = at[part]
-    return tuple(real)
-
-
-def _model_of(model: type[BaseModel] | None, field: str) -> type[BaseModel] | None:
-    """The section that a field holds, alone, in a list or in a union; None for a plain value."""
-    if model is None or field not in model.model_fields:
-        return None
-    return next(iter(_models_in(model.model_fields[field].annotation)), None)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for arg in get_args(annotation) for model in _models_in(arg)]
-
-
-def _nearest(loc: Location) -> str | None:
-    """The field most like the unknown one: in its own section first, then anywhere."""
-    model: type[BaseModel] | None = Spec
-    for part in loc[:-1]:
-        if isinstance(part, str):
-            model = _model_of(model, part)
-    name = str(loc[-1])
-    if model is not None:
-        close = difflib.get_close_matches(name, list(model.model_fields), n=1)
-        if close:
-            return ".".join([*(str(part) for part in loc[:-1]), close[0]])
-    everywhere = {path.rsplit(".", 1)[-1]: path for path in _all_fields(Spec, "")}
-    close = difflib.get_close_matches(name, list(everywhere), n=1)
-    return everywhere[close[0]] if close else None
-
-
-def _all_fields(model: type[BaseModel], prefix: str) -> list[str]:
-    paths: list[str] = []
-    for name, info in model.model_fields.items():
-        paths.append(prefix + name)
-        for inner in _models_in(info.annotation):
-            paths += _all_fields(inner, f"{prefix}{name}.")
-    return paths

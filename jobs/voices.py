@@ -24,6 +24,7 @@ from jobs.data.template import DEFAULT_DATE, ChatTemplate
 from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
 from jobs.errors import AccessError, SpecError
 from jobs.export.adapter import CONFIG, read_config
+from jobs.stages import RECORDS
 from jobs.store.manifest import NAME as MANIFEST
 
 LoadIn = Literal["4bit", "8bit", "16bit"]
@@ -93,6 +94,8 @@ class Things:
     merged: Path | None = None
     gguf: dict[str, Path] = field(default_factory=dict)
     s3: dict[str, Any] = field(default_factory=dict)
+    earlier: frozenset[str] = frozenset()
+    """Names of what an earlier training of the same run made, and a later one has not yet replaced."""
     _tuned: Any = None  # base and adapter are one model
     _tokenizer: ChatTokenizer | None = None
     _users: int = 0
@@ -165,6 +168,7 @@ def find_things(
     if place.is_file() and place.suffix == ".gguf":
         things = Things(base, load_in or "16bit", adapter=adapter)
         things.gguf[_kind(place) or "gguf"] = place
+        things.earlier = _earlier(place.parent, _manifest(place.parent))
         return things
     if not place.is_dir():
         what = "is no GGUF file" if place.is_file() else "does not exist"
@@ -187,7 +191,9 @@ def find_things(
     for file in [*sorted(place.glob("*.gguf")), *sorted((place / "gguf").glob("*.gguf"))]:
         if kind := _kind(file):
             things.gguf[kind] = file
-    things.adapter = adapter or things.adapter
+    things.earlier = _earlier(place, run)
+    if adapter:
+        things.adapter, things.earlier = adapter, things.earlier - {"adapter"}
     things.base = base or _base_of(run)
     if things.adapter:
         config = read_config(things.adapter)
@@ -220,6 +226,38 @@ def _manifest(place: Path) -> dict[str, Any]:
         if isinstance(found, dict) and isinstance(found.get("spec"), dict):
             return found
     return {}
+
+
+def _earlier(place: Path, run: dict[str, Any]) -> frozenset[str]:
+    """What is of an earlier training than the run's newest; nothing where this is no run's own folder.
+
+    A stage's record is removed when the stage begins anew, and what it made stays until the new one
+    is whole; the manifest is of the last start that came to its end.
+    """
+    before = run.get("inputs", {}).get("keys")
+    if not isinstance(before, dict):
+        return frozenset()
+    for folder in (place, place.resolve().parent):
+        if (folder / RECORDS).is_dir():
+            break
+    else:
+        return frozenset()
+
+    def key_of(stage: str) -> str | None:
+        try:
+            return str(json.loads((folder / RECORDS / f"{stage}.json").read_text("utf-8"))["key"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    trained = {key_of("train"), key_of("given")} - {None}
+    if before.get("train") in trained:
+        return frozenset()
+    made_by = {"adapter": "adapter", "merged": "merge", "gguf": "gguf"}
+    return frozenset(
+        name
+        for name, stage in made_by.items()
+        if not trained or key_of(stage) in (None, before.get(stage))
+    )
 
 
 def _base_of(run: dict[str, Any]) -> str | None:

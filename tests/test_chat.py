@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from jobs.chat import Conversation, _questions
+from jobs.cli import main
 from jobs.data.conversation import BadRow, Message
 from jobs.errors import AccessError, DataError, SpecError
 from jobs.voices import Said, Sampling, Tell, Things, find_things, require_names
@@ -159,6 +161,68 @@ def test_a_files_type_is_in_its_name(tmp_path: Path) -> None:
     assert {k: p.name for k, p in find_things(tmp_path).gguf.items()} == {
         "q4_k_m": "m-Q4_K_M.gguf", "bf16": "m-BF16-00001-of-00002.gguf",
     }  # fmt: skip
+
+
+def run_folder(folder: Path, **records: str) -> Path:
+    """The folder of a run that came to its end with keys like "train of one", and what it has
+    recorded since: `train="two"` where the stage was done anew."""
+    for name, file in (("merged", "config.json"), ("adapter", "adapter_config.json")):
+        (folder / name).mkdir(parents=True)
+        (folder / name / file).write_text('{"peft_type": "LORA"}')
+    (folder / "adapter" / "adapter_model.safetensors").touch()
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "m-Q8_0.gguf").touch()
+    stages = ("train", "adapter", "merge", "gguf")
+    base = {"source": "owner/base", "commit": None}
+    contents = {"spec": {}, "inputs": {"base": base, "keys": dict.fromkeys(stages, "one")}}
+    (folder / "manifest.json").write_text(json.dumps(contents))
+    (folder / ".work" / "stages").mkdir(parents=True)
+    for stage, key in records.items():
+        (folder / ".work" / "stages" / f"{stage}.json").write_text(json.dumps({"key": key}))
+    return folder
+
+
+ALL = {"train": "one", "adapter": "one", "merge": "one", "gguf": "one"}
+
+
+@pytest.mark.parametrize(
+    ("records", "earlier"),
+    [
+        (ALL, set()),
+        ({**ALL, "merge": ""}, set()),  # the same training
+        ({k: v for k, v in ALL.items() if k != "train"}, {"adapter", "merged", "gguf"}),
+        ({**ALL, "train": "two", "adapter": "two"}, {"merged", "gguf"}),
+        ({"train": "two", "adapter": "two"}, {"merged", "gguf"}),
+        # As a run has it whose verification failed: what it made is what there is.
+        ({"train": "two", "adapter": "two", "merge": "two", "gguf": "two"}, set()),
+        ({"given": "one", "adapter": "one", "merge": "one", "gguf": "one"}, set()),
+    ],
+)
+def test_what_is_of_an_earlier_training_is_known(
+    tmp_path: Path, records: dict[str, str], earlier: set[str]
+) -> None:
+    place = run_folder(tmp_path / "run", **records)
+    assert find_things(place).earlier == earlier
+    assert find_things(place / "gguf" / "m-Q8_0.gguf").earlier == earlier
+    assert find_things(place, adapter=place / "adapter").earlier == earlier - {"adapter"}
+    shutil.rmtree(place / ".work")  # as it is where it is published
+    assert find_things(place).earlier == set()
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_results_of_an_earlier_training_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], again: bool
+) -> None:
+    records = {"adapter": "one"} if again else ALL
+    place = run_folder(tmp_path / "run", **records)
+    monkeypatch.setattr("jobs.chat._open", lambda things, name: Parrot())
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    assert main(["chat", str(place)]) == 0
+    told = capsys.readouterr()
+    assert told.out == "so hello\n"
+    assert ("results of the training before" in told.err) == again
+    assert told.err.count("warning") == again
 
 
 @pytest.mark.parametrize("option", [("--temperature", "-1"), ("--min-p", "2"), ("--max-new-tokens", "0")])  # fmt: skip

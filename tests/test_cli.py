@@ -246,7 +246,7 @@ WRONG: list[tuple[Spoil, int, tuple[str, ...]]] = [
     (data_missing, 4, ("there is no data file at chats.jsonl",)),
     (data_empty, 3, ("chats.jsonl is empty",)),
     (data_a_folder, 4, ("chats.jsonl has no data file", "no files")),
-    (data_binary, 3, ("chats.jsonl, line 1", "no valid JSON")),
+    (data_binary, 3, ("chats.jsonl, line 2", "not UTF-8 text")),
     (data_broken_at_line_3, 3, ("chats.jsonl, line 3", "no valid JSON")),
     (data_nested_too_deep, 3, ("chats.jsonl, line 1",)),
     (data_with_a_number_without_end, 3, ("chats.jsonl, line 1",)),
@@ -305,6 +305,44 @@ def test_a_run_that_fails_notes_why_in_its_log(desk: Desk) -> None:
 
 def test_a_spec_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert_told(lorajob("check", "nowhere.yaml", cwd=tmp_path), 4, "no spec at nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("chek", "my.yaml"), "did you mean `lorajob check my.yaml`? The commands are run, check,"),
+        (("frobnicate",), "-> The commands are run, check,"),
+    ],
+)
+def test_a_word_that_is_no_command_and_no_file_is_told_as_that(
+    tmp_path: Path, arguments: tuple[str, ...], hint: str
+) -> None:
+    ended = tmp_path / "ended"
+    result = lorajob(*arguments, cwd=tmp_path, LORAJOB_TERMINATION_LOG=str(ended))
+    said = f"there is no command and no file called {arguments[0]}"
+    assert_told(result, 4, said, hint)
+    assert json.loads(ended.read_text())["message"] == said
+
+
+@pytest.mark.parametrize("name", ["chek", "some.yaml"])
+def test_a_file_is_read_as_a_spec_whatever_its_name_and_a_path_is_a_path(
+    tmp_path: Path, name: str
+) -> None:
+    assert_told(lorajob("nowhere/my.yaml", cwd=tmp_path), 4, "no spec at nowhere/my.yaml")
+    (tmp_path / name).write_text("name: t\n")
+    assert_told(lorajob(name, cwd=tmp_path), 2, f"{name} has 2 mistakes", "model: is missing")
+
+
+def test_an_option_of_export_is_told_by_its_name_with_the_value(desk: Desk) -> None:
+    desk.rows(ROW)
+    (desk.folder / "adapter").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 8, "lora_alpha": 8}
+    (desk.folder / "adapter/adapter_config.json").write_text(json.dumps(config))
+    (desk.folder / "adapter/adapter_model.safetensors").write_bytes(b"")
+    result = lorajob(
+        "export", "--adapter", "adapter", "--out", "out", "--gguf", "q8_0,q5km", cwd=desk.folder
+    )
+    assert_told(result, 2, "--gguf: unknown value 'q5km'; did you mean q5_k_m? Known are f32,")
 
 
 def test_a_missing_compiler_is_told_before_anything_is_trained(desk: Desk, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -20,7 +21,7 @@ from jobs.errors import AccessError, LorajobError, SpecError, VerificationError
 from jobs.export.adapter import require_same_base
 from jobs.export_command import Request, request
 from jobs.store.hashing import sha256_of
-from tests.conftest import BASE, Result, lorajob
+from tests.conftest import BASE, ROOT, Result, lorajob
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -146,6 +147,17 @@ def test_an_adapter_that_does_not_keep_what_it_must_is_not_published(
     assert list((tmp_path / "published").rglob("*")) == []
 
 
+def test_nothing_is_published_but_where_the_command_line_says(copy: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
+    tree["publish"], tree["model"]["base"] = [str(tmp_path / "published")], str(BASE)
+    file = tmp_path / "spec.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    arguments = (str(file), "--adapter", str(copy), "--gguf", "q6_k")
+    assert asked(*arguments).spec.publish == []
+    other = str(tmp_path / "other")
+    assert asked(*arguments, "--publish", other).spec.publish == [other]
+
+
 def test_the_wrong_base_is_found_by_shapes(copy: Path) -> None:
     weights = load_file(copy / WEIGHTS)
     wide = {name: torch.cat([w, w], 1) if "lora_A" in name else w for name, w in weights.items()}
@@ -243,7 +255,7 @@ def test_what_is_no_lora_adapter_is_said_at_once(
     [
         ((), "neither a spec nor --adapter"),
         (("--adapter", "{adapter}"), "neither a spec nor --out"),
-        (("--adapter", "{adapter}", "--out", "x", "--gguf", "q9"), "export.gguf"),
+        (("--adapter", "{adapter}", "--out", "x", "--gguf", "q9"), "--gguf: unknown value .q9."),
         (("--adapter", "{adapter}", "--out", "x", "--gguf", "q8_0", "--merged", "none"), "merged"),
     ],
 )

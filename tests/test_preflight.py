@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from jobs.base_model import BaseModel, open_base
+from jobs.base_model import INDEX, BaseModel, open_base
+from jobs.errors import SpecError
 from jobs.export.merge import merge
 from jobs.observe.events import Observer
 from jobs.preflight import result_bytes, run_bytes
@@ -19,8 +22,9 @@ from jobs.store.connect import Connections
 from jobs.store.retry import Retries
 from jobs.train.best import weights_of
 from jobs.train.memory import checkpoint_bytes
+from jobs.train.modules import require_modules_of_weights
 from jobs.train.shape import read_shape
-from tests.conftest import BASE
+from tests.conftest import BASE, lorajob
 
 
 @pytest.fixture
@@ -83,3 +87,74 @@ def test_the_best_weights_in_each_checkpoint_are_counted(base: BaseModel, tmp_pa
     assert checkpoint_bytes(shape, stopping) == checkpoint_bytes(shape, keeping)
     number = plain.checkpoints.keep + 2
     assert run_bytes(keeping, base) - run_bytes(plain, base) == pytest.approx(number * more, abs=2)
+
+
+PROJECTIONS = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        (
+            {"target": ["q_prj"]},
+            ["lora.target", "no module q_prj", "did you mean q_proj", PROJECTIONS],
+        ),
+        ({"target": ["q_proj", "self_attn"]}, ["lora.target", "no module self_attn", PROJECTIONS]),
+        ({"target": ["proj"]}, ["lora.target", "no module proj"]),
+        (
+            {"modules_to_save": ["embed_token"]},
+            ["lora.modules_to_save", "did you mean embed_tokens"],
+        ),
+    ],
+)
+def test_a_module_that_the_base_lacks_is_named_with_those_it_has(
+    base: BaseModel, lora: Any, words: list[str]
+) -> None:
+    with pytest.raises(SpecError) as caught:
+        require_modules_of_weights(spec(lora=lora).lora, base)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {"target": ["q_proj", "down_proj"]},
+        {"target": ["self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
+        {"target": ["lm_head"], "modules_to_save": ["embed_tokens", "norm"]},
+        {"modules_to_save": ["lm_head", "mlp", "model.norm"]},
+    ],
+)
+def test_modules_that_the_base_has_pass(base: BaseModel, lora: Any) -> None:
+    require_modules_of_weights(spec(lora=lora).lora, base)
+
+
+def test_modules_are_known_from_an_index_where_the_weights_are_elsewhere(
+    base: BaseModel, tmp_path: Path
+) -> None:
+    shutil.copyfile(BASE / "config.json", tmp_path / "config.json")
+    elsewhere = BaseModel(base.source, tmp_path, base.config)
+    wrong, right = spec(lora={"target": ["q_prj"]}).lora, spec(lora={"target": ["q_proj"]}).lora
+    require_modules_of_weights(wrong, elsewhere)  # nothing is known of it yet
+    with (BASE / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    names = [name for name in header if name != "__metadata__"]
+    mapped = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (tmp_path / INDEX).write_text(json.dumps(mapped))
+    require_modules_of_weights(right, elsewhere)
+    with pytest.raises(SpecError, match="no module q_prj") as caught:
+        require_modules_of_weights(wrong, elsewhere)
+    assert PROJECTIONS in str(caught.value)
+    # Experts' weights have other names than their modules.
+    experts = BaseModel(base.source, tmp_path, {**base.config, "num_local_experts": 8})
+    require_modules_of_weights(wrong, experts)
+
+
+def test_check_refuses_a_target_that_is_not_there(tmp_path: Path) -> None:
+    result = lorajob(
+        "check", "examples/demo.yaml", "--work", str(tmp_path), LORAJOB__LORA__TARGET="[q_prj]",
+        LORAJOB__EXPORT__GGUF="[]",
+    )  # fmt: skip
+    assert result.code == 2
+    assert "lora.target" in result.err
+    assert "did you mean q_proj?" in result.err

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
-from jobs.store.hashing import sha256_of
+from jobs.cli import _ending
+from jobs.observe.events import Observer
+from jobs.run import Outcome, _publish
+from jobs.spec import Spec
+from jobs.store.hashing import file_entries, sha256_of
+from jobs.store.lease import Lease
+from jobs.store.local import LocalStore
 from tests.conftest import BASE, ROOT, Result, lorajob
 from tests.servers.faults import running_proxy
 from tests.servers.fixtures import moto  # noqa: F401
@@ -251,6 +260,8 @@ def test_what_was_published_is_not_trained_again_on_an_empty_disk(
     assert not trained(again)
     [said] = [event for event in events_of(again) if event["event"] == "already_published"]
     assert all(target in said["where"] for target in targets)
+    [done] = [event for event in events_of(again) if event["event"] == "run_done"]
+    assert done["manifest"] == f"s3://{bucket}/one/manifest.json"
     assert there() == published  # nothing is sent, and the checkpoints are gone
     assert not (tmp_path / "work1" / "remote" / "merged").exists()
 
@@ -333,3 +344,61 @@ def test_what_will_not_work_is_known_before_anything_is_trained(
         assert result.code == 4, (base, data, publish, result.err)
         assert all(word in result.err for word in words), result.err
         assert "stage_start" not in result.out
+
+
+FILES = [{"path": "adapter/a", "size": 2**20, "sha256": ""}]
+
+
+def ending(outcome: Outcome, publish: list[Any], exported: bool = False) -> str:
+    tree = {"name": "a", "model": {"base": str(BASE)}, "data": {"train": "x"}, "publish": publish}
+    return "\n".join(_ending(outcome, Spec.model_validate(tree), Path("runs/a"), exported))
+
+
+def test_a_run_ends_with_where_everything_is_and_what_comes_next() -> None:
+    done = Outcome({"files": FILES}, "runs/a/manifest.json")
+    told = ending(done, ["s3://bucket/x", "out"])
+    assert "everything is in [bold]runs/a[/bold]" in told
+    assert "adapter/    1 files       1.0 MiB" in told
+    assert "published to [bold]s3://bucket/x[/bold]" in told
+    assert "next: lorajob chat runs/a; how it went is in runs/a/report/report.html" in told
+    assert "nothing is published" not in told
+    assert "nothing is published: --publish" in ending(done, [], exported=True)
+
+
+def test_one_that_had_nothing_to_do_names_the_places_and_not_its_folder() -> None:
+    before = Outcome({"files": FILES}, "s3://bucket/x/manifest.json", here=False)
+    told = ending(before, ["s3://bucket/x", {"hub": "acme/a"}])
+    assert "runs/a" not in told
+    assert "MiB" not in told
+    assert "published to [bold]s3://bucket/x[/bold]" in told
+    assert "published to [bold]hub://acme/a[/bold]" in told
+    assert "lorajob chat out;" in ending(before, ["s3://bucket/x", "out"])
+
+
+def test_what_a_publication_removes_is_told(tmp_path: Path) -> None:
+    def publish(numbers: range) -> list[dict[str, Any]]:
+        folder = tmp_path / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        for number in numbers:
+            (folder / "gguf").mkdir(parents=True, exist_ok=True)
+            (folder / "gguf" / f"m-{number}.gguf").write_text(str(number))
+        files = file_entries(folder)
+        (folder / "manifest.json").write_text(json.dumps({"files": files}))
+        stream = io.StringIO()
+        with Observer("json", stream) as observer:
+            targets = [LocalStore(tmp_path / "out")]
+            job = SimpleNamespace(
+                folder=folder, observer=observer, ready=SimpleNamespace(targets=targets)
+            )
+            _publish(job, Lease(), files)  # type: ignore[arg-type]
+        return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+    assert [event["event"] for event in publish(range(8))] == ["published"]
+    assert [event["event"] for event in publish(range(8))] == ["published"]
+    [warning, _] = publish(range(1))
+    assert warning["event"] == "warning"
+    assert f"{tmp_path / 'out'} had 7 files of an earlier manifest" in warning["text"]
+    assert "gguf/m-1.gguf, gguf/m-2.gguf" in warning["text"]
+    assert warning["text"].endswith("gguf/m-5.gguf and 2 more")
+    [warning, _] = publish(range(7, 8))
+    assert warning["text"].endswith("removed: gguf/m-0.gguf")

@@ -38,6 +38,47 @@ def test_eval_is_a_share_or_sources_of_its_own() -> None:
     assert own.data.eval[0].source == "e.jsonl"
 
 
+@pytest.mark.parametrize("text", ["10%", "12.5 %", "0.1", ".1"])
+def test_a_share_in_words_is_no_file(text: str) -> None:
+    with pytest.raises(ValidationError, match="a share is a number"):
+        Spec.model_validate(tree(data={"train": "x.jsonl", "eval": text}))
+
+
+# One text stands for a list of one, and a question for a prompt.
+SHORT: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"export": {"gguf": "q8_0"}}, {"export": {"gguf": ["q8_0"]}}),
+    ({"export": {"gguf": "Q4_K_M"}}, {"export": {"gguf": ["q4_k_m"]}}),
+    ({"export": {"gguf": ["Q8_0", "bf16"]}}, {"export": {"gguf": ["q8_0", "bf16"]}}),
+    ({"publish": "folder"}, {"publish": ["folder"]}),
+    ({"publish": "hub://acme/bot"}, {"publish": [{"hub": "acme/bot"}]}),
+    ({"lora": {"target": "q_proj"}}, {"lora": {"target": ["q_proj"]}}),
+    ({"lora": {"modules_to_save": "lm_head"}}, {"lora": {"modules_to_save": ["lm_head"]}}),
+    ({"observe": {"track": "wandb"}}, {"observe": {"track": ["wandb"]}}),
+    ({"verify": {"prompts": "Who?"}}, {"verify": {"prompts": [{"ask": "Who?"}]}}),
+    (
+        {"verify": {"prompts": ["Who?", {"ask": "Where?"}]}},
+        {"verify": {"prompts": [{"ask": "Who?"}, {"ask": "Where?"}]}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("short", "full"), SHORT, ids=str)
+def test_what_is_written_short_means_the_same_and_the_schema_takes_it(
+    short: dict[str, Any], full: dict[str, Any]
+) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    assert Spec.model_validate(tree(**short)) == Spec.model_validate(tree(**full))
+    for sections in (short, full):
+        jsonschema.validate(tree(**sections), json_schema())
+
+
+def test_all_linear_is_no_name_of_a_module() -> None:
+    assert Spec.model_validate(tree(lora={"target": "all-linear"})).lora.target == "all-linear"
+    for text in ("all", "all_linear", "ALL-LINEAR"):
+        with pytest.raises(ValidationError, match="is written all-linear"):
+            Spec.model_validate(tree(lora={"target": text}))
+
+
 WRONG: list[dict[str, Any]] = [
     {"name": "Upper"},
     {"name": "a/b"},
@@ -64,7 +105,13 @@ WRONG: list[dict[str, Any]] = [
     {"lora": {"rank": 0}},
     {"export": {"gguf": ["q9"]}},
     {"export": {"adapter": False}},
-    {"publish": "folder"},
+    {"publish": {"hub": "acme/bot"}},
+    {"publish": [5]},
+    {"observe": {"track": ["tensorboard"]}},
+    {"lora": {"target": 5}},
+    {"lora": {"target": []}},
+    {"verify": {"prompts": ""}},
+    {"verify": {"prompts": [5]}},
     {"verify": {"prompts": [{"ask": ""}]}},
     {"typo": 1},
     {"train": {"typo": 1}},

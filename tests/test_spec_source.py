@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from jobs import spec_source
 from jobs.errors import AccessError, SpecError
 from jobs.spec import Spec
+from jobs.spec_mistakes import all_fields
+from jobs.spec_names import FIELDS, SAYINGS
 from jobs.spec_source import load_spec
 
 GOOD = """\
@@ -163,6 +166,77 @@ def test_a_mistake_in_a_variable_names_the_variable(tmp_path: Path) -> None:
     assert "did you mean train.epochs? (LORAJOB__TRAIN__EPOHS)" in said
 
 
+@pytest.mark.parametrize("name", ["LORAJOB_TRAIN__EPOCHS", "LORAJOB_DATA__TRAIN__0__LIMIT"])
+def test_a_variable_with_one_underscore_after_the_prefix_is_refused(name: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(None, {**ENOUGH, name: "3"})
+    assert caught.value.message.startswith(f"{name} sets nothing")
+    assert f"write {name.replace('LORAJOB_', 'LORAJOB__')}," in str(caught.value.hint)
+
+
+def test_variables_that_are_no_fields_are_let_be() -> None:
+    env = {"LORAJOB_CACHE": "c", "LORAJOB_DATA_SERVICE_HOST": "10.0.0.1", "LORAJOB_MY__OWN": "x"}
+    assert load_spec(None, {**ENOUGH, **env}).name == "t"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {epochs: '3'}", "train.epochs: a number is wanted, got '3': remove the quotes, 3"),
+        ("train: {batch_size: '16'}", "a whole number is wanted, got '16': remove the quotes, 16"),
+        ("train: {batch_size: 2.0}", "a whole number is wanted, got 2.0: write 2"),
+        ("train: {batch_size: 2.5}", "a whole number is wanted, got 2.5 ("),
+        ("train: {batch_size: 0}", "has to be 1 or more, got 0"),
+        ("train: {epochs:}", "a number is wanted, got null"),
+        ("train: {warmup: 3%}", "a number is wanted, got '3%': write 0.03"),
+        ("train: {packing: perhaps}", "true or false is wanted, got 'perhaps'"),
+        ("train:", "train: it is a section, got null: write its fields below it, or leave it out"),
+        ("verify: {prompts: [5]}", "verify.prompts.0: it is a section, got 5: write {ask: 5}"),
+        ("publish: {hub: a/b}", "publish: a list is wanted: begin each of its items with a dash"),
+        ("publish:", "publish: a list is wanted, got null: leave it out, or write []"),
+        ("publish: [5]", "a folder, s3://bucket/prefix or hub: owner/name is wanted, got 5"),
+        ("lora: {target: 'q_proj,v_proj'}", "several are a list: write [q_proj, v_proj]"),
+        ("export: {gguf: 'q8_0, f16'}", "export.gguf: several are a list: write [q8_0, f16]"),
+        ("export: {gguf: [q8_0, q4km]}",
+         "export.gguf.1: unknown value 'q4km'; did you mean q4_k_m? Known are f32, f16,"),
+        ("export: {gguf: [q4_k]}", "did you mean q4_k_m? Known"),
+        ("export: {gguf: zzz}", "export.gguf: unknown value 'zzz'; known are f32, f16,"),
+        ("export: {merged: none}", "export.merged: unknown value 'none'; for none write null"),
+        ("export: {merged: 16}", "unknown value 16; did you mean 16bit? Known are 16bit, 4bit"),
+        ("export: {adapter: false}", "export.adapter: it is always true: leave it out"),
+        ("limits: {gpu: rtx4090}", "unknown value 'rtx4090'; did you mean RTX-4090? Known are T4,"),
+        ("limits: {gpu: RTX-4080}", "unknown value 'RTX-4080'; known are T4,"),
+        ("limits: {gpu: RTX-4080}", "for another one leave it out and set limits.gpu_memory_gib"),
+        ("s3: {endpoint: minio}", "an address is wanted, as https://minio.example.org:9000"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_what_is_wanted(tmp_path: Path, text: str, said: str) -> None:
+    told = mistakes(tmp_path, GOOD + text + "\n")
+    assert said in told
+    assert "Input should" not in told
+    assert "has 1 mistake:" in told
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("10%", "data.eval: a share is a number: write 0.1, got '10%'"),
+        ("'0.1'", "data.eval: a share is a number: remove the quotes, got '0.1'"),
+        ("10", "data.eval: has to be below 1, got 10: write 0.1 for 10 %"),
+    ],
+)
+def test_a_share_that_is_none_is_told_with_one(tmp_path: Path, written: str, said: str) -> None:
+    told = mistakes(tmp_path, GOOD + f"  eval: {written}\n")
+    assert said in told
+    assert "has 1 mistake:" in told
+
+
+def test_a_section_that_is_one_text_is_told_with_its_field(tmp_path: Path) -> None:
+    said = mistakes(tmp_path, "name: t\nmodel: some/base\ndata: x.jsonl\n")
+    assert "model: it is a section, got 'some/base': write {base: some/base} (line 2)" in said
+    assert "data: it is a section, got 'x.jsonl': write {train: x.jsonl} (line 3)" in said
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", "0.0001", "+1e-4", "100e-6"])
 def test_learning_rates_are_numbers_however_they_are_written(tmp_path: Path, text: str) -> None:
     spec = load(tmp_path, GOOD + f"train: {{learning_rate: {text}}}\n")
@@ -214,6 +288,63 @@ def test_an_unknown_field_is_told_with_the_nearest_name(
     assert f"{field}: unknown field; did you mean {nearest}? (line 6)" in said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora: {r: 8}\n", "lora.r: unknown field; it is called lora.rank here (line 6)"),
+        (
+            "lora_dropout: 0\n",
+            "lora_dropout: unknown field; it is called lora.dropout here (line 6)",
+        ),
+        ("train: {lr: 1}\n", "train.lr: unknown field; it is called train.learning_rate here"),
+        ("train: {num_train_epochs: 1}\n", "it is called train.epochs here"),
+        ("train: {per_device_train_batch_size: 1}\n", "; train.batch_size is the whole step"),
+        ("train: {gradient_accumulation_steps: 1}\n", "; train.batch_size is the whole step"),
+        ("train: {logging_steps: 1}\n", "; every step is logged (line 6)"),
+        ("max_steps: 1\n", "did you mean train.max_steps?"),
+        ("max-seq-len: 1\n", "it is called model.max_seq_length here"),
+        ("load_in_4bit: true\n", "; set model.load_in to 4bit, 8bit or 16bit (line 6)"),
+        ("dataset_text_field: text\n", "; say it in data.train, as {source: FILE"),
+        ("train: {lr_scheduler_type: x}\n", "it is called train.schedule here"),
+        ("train: {warmup_ratio: 0.1}\n", "; train.warmup is both"),
+        ("train: {save_steps: 10}\n", "it is called checkpoints.every_steps here"),
+        ("train: {FP16: true}\n", "; bfloat16 is used where the GPU has it"),
+        ("output_dir: x\n", "; --work (or LORAJOB_WORK) is where runs are kept"),
+        ("push_to_hub: true\n", "; list the repository under publish, as `hub: owner/name`"),
+        ("sequence_len: 5\n", "it is called model.max_seq_length here"),
+        ("cutoff_len: 5\n", "it is called model.max_seq_length here"),
+        ("gguf: q8_0\n", "gguf: unknown field; did you mean export.gguf?"),
+        ("verify: {prompts: [{ask: x, question: y}]}\n", "it is called verify.prompts.ask here"),
+    ],
+)
+def test_the_names_of_other_programs_are_told_with_what_they_are_here(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    assert said in mistakes(tmp_path, GOOD + text)
+
+
+@pytest.mark.parametrize("name", ["model_name", "model_name_or_path", "base_model"])
+def test_a_model_by_another_name_is_the_base(tmp_path: Path, name: str) -> None:
+    said = mistakes(tmp_path, GOOD.replace("base:", f"{name}:"))
+    assert f"model.{name}: unknown field; it is called model.base here (line 3)" in said
+
+
+def test_other_names_lead_to_fields_that_there_are() -> None:
+    fields = all_fields()
+    assert {*FIELDS.values()} <= {*fields}
+    assert not {*FIELDS} & {*SAYINGS}
+    sections = "|".join(Spec.model_fields)
+    for text in SAYINGS.values():
+        for path in re.findall(rf"\b(?:{sections})\.[a-z_]+", text):
+            assert path in fields, text
+
+
+def test_no_field_is_taken_for_another_programs() -> None:
+    ours = {path.rpartition(".")[2] for path in all_fields()}
+    # At the top Axolotl has it for the kind of training, and here it is one only of other sections.
+    assert ours & {*FIELDS, *SAYINGS} == {"adapter"}
+
+
 def test_an_unknown_field_in_a_source_is_told_with_the_nearest_name(tmp_path: Path) -> None:
     text = GOOD.replace("train: x.jsonl", "train: [{source: x, formt: auto}]")
     said = mistakes(tmp_path, text)
@@ -249,7 +380,7 @@ def test_a_long_wrong_value_is_shown_in_part(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("- a\n", "holds a list, not fields"),
-        ("hello\n", "holds a str, not fields"),
+        ("hello\n", "holds a text, not fields"),
         ("? [a, b]\n: 1\n", "line 1, column 3: no valid YAML: a field's name is a text"),
         ("a: [1\nb: 2\n", "line 2"),
         ("a: 'x\n", "no valid YAML"),

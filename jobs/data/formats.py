@@ -110,6 +110,8 @@ def _check_columns(columns: Mapping[str, str], known: Iterable[str], what: str) 
 
 def _renamed(record: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     """The record under the formats' own field names."""
+    if isinstance(record, BadRow):  # there is no record
+        raise record
     if not isinstance(record, dict):
         raise BadRow(f"is a {type(record).__name__}, not an object")
     if not columns:

@@ -243,7 +243,7 @@ def _label_all(
             advance(len(rows))
 
         for rows in _chunks(read_rows(source, files_of(source))):
-            form = _form_of(rows[0], source, forms)
+            form = _form_of(rows, source, forms)
             waiting.append((rows, submit(rows, form, source.columns)))
             if len(waiting) > 2 * cores():
                 finish()
@@ -264,20 +264,26 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
             yield chunk
 
 
-def _form_of(row: Row, source: Source, forms: dict[str, RecordFormat]) -> RecordFormat:
-    """The format of the row's file, seen in its first row unless the spec says it."""
-    if row.file not in forms:
-        forms[row.file] = _detect(row, source) if source.format == "auto" else source.format
-    return forms[row.file]
+def _form_of(rows: Sequence[Row], source: Source, forms: dict[str, RecordFormat]) -> RecordFormat:
+    """The format of the rows' file, seen in the first that can be read unless the spec says it."""
+    file = rows[0].file
+    if file not in forms:
+        if source.format != "auto":
+            forms[file] = source.format
+        else:
+            readable = (row for row in rows if not isinstance(row.value, BadRow))
+            forms[file] = _detect(next(readable, rows[0]), source)
+    return forms[file]
 
 
 def _detect(row: Row, source: Source) -> RecordFormat:
     try:
         return detect_format(row.value, source.columns)
     except BadRow as reason:
-        raise DataError(
-            f"{row.place}: {reason}", "set this source's `format`, and `columns` where names differ"
-        ) from None
+        hint = "set this source's `format`, and `columns` where names differ"
+        if row.value is reason:  # no line can be read
+            hint = "each line is one JSON object; one array of all records is a .json file"
+        raise DataError(f"{row.place}: {reason}", hint) from None
 
 
 def _count(chunk: Chunk, rows: list[Row], counts: Counts, data: Data) -> None:
@@ -382,7 +388,10 @@ def first_conversations(
     )
     forms: dict[str, RecordFormat] = {}
     for row, source in islice(rows, count):
-        form = _form_of(row, source, forms)
+        if isinstance(row.value, BadRow):
+            yield row.place, row.value
+            continue
+        form = _form_of([row], source, forms)
         try:
             yield row.place, to_conversation(row.value, form, source.columns)
         except BadRow as reason:

@@ -1,6 +1,8 @@
 """Sources -> rows: one pass over the files that never holds more than a piece of one of them.
 
-A row is whatever one record of a file says, with the place it stands at for messages to name.
+A row is whatever one record of a file says, with the place it stands at for messages to name. A
+line that is no JSON is a row too, one that cannot be used: the lines behind it are whole. In every
+other kind of file what is broken breaks all that follows, and is an error.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+from jobs.data.conversation import BadRow
 from jobs.data.files import DataFile, endings, source_files
 from jobs.errors import AccessError, DataError
 from jobs.spec import Source
@@ -39,7 +42,7 @@ UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 @dataclass(slots=True)
 class Row:
-    value: Any
+    value: Any  # the BadRow itself, where a line is no JSON
     file: str
     unit: str
     number: int
@@ -149,14 +152,9 @@ def _lines(file: IO[bytes], name: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             if not line.strip():
                 continue
-            raise DataError(
-                f"{name}, line {number}, column {error.colno}: no valid JSON: {error.msg}",
-                "one array of all records is a .json file"
-                if number == 1 and line.lstrip().startswith("[")
-                else "each line is one JSON object",
-            ) from None
+            value = BadRow(f"no valid JSON: {error.msg} (column {error.colno})")
         except (ValueError, RecursionError) as error:
-            raise _unusual(f"{name}, line {number}", error) from None
+            value = BadRow(f"cannot be read: {error}")
         yield Row(value, name, "line", number)
 
 

@@ -107,7 +107,10 @@ class _Made:
         source, commit = (manifest["inputs"]["base"][key] for key in ("source", "commit"))
         place = parse_base(source)
         self.hub_base = place.repository if isinstance(place, HubPlace) else None
-        self.base = Base(self.hub_base or source, commit, self.spec["model"]["load_in"])
+        self.base = Base(
+            self.hub_base or source, commit, self.spec["model"]["load_in"],
+            on_hub=self.hub_base is not None,
+        )  # fmt: skip
         hubs = [target for target in self.spec["publish"] if isinstance(target, dict)]
         hub: Mapping[str, Any] = hubs[0] if hubs else {}  # the others hold the same
         main, branch = _repository(hub.get("hub"))

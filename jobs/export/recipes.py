@@ -1,7 +1,8 @@
 """How to run what was made, as text for a model card: transformers and peft, vLLM, llama.cpp, Ollama.
 
 Each recipe names the repositories, folders and files that there are, so that it can be copied as it
-stands. Who runs it is in a download of the results, or anywhere where they are on the Hub.
+stands. Who runs it is in a download of the results, or anywhere where they are on the Hub. One thing
+may be left to fill in: where the base is, if that is not on the Hub.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+NOWHERE = "path/to/the/base"  # what a reader fills in
 # The ranks that vLLM's --max-lora-rank takes.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -61,15 +63,27 @@ class Base:
     name: str  # owner/name on the Hub, else the path or address in the spec
     commit: str | None
     load_in: str
+    on_hub: bool = True
 
     @property
     def arguments(self) -> str:
+        if not self.on_hub:
+            return "base"
         revision = f", revision={_text(self.commit)}" if self.commit else ""
         return f"{_text(self.name)}{revision}"
 
     @property
     def flags(self) -> str:
+        if not self.on_hub:
+            return '"$BASE"'
         return f"{self.name} --revision {self.commit}" if self.commit else self.name
+
+    def to_fill_in(self, assignment: str) -> str:
+        """The line that whoever runs it has to fill in; "" where the Hub has the base. A path of
+        the machine that it was trained on means nothing elsewhere."""
+        if self.on_hub:
+            return ""
+        return f'{assignment}"{NOWHERE}"  # fill in: the folder with the base model\n'
 
 
 def transformers_with_peft(
@@ -84,6 +98,8 @@ def transformers_with_peft(
     }.get(base.load_in)
     names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantization else "")
     lines = ["from peft import PeftModel", f"from transformers import {names}", ""]
+    if to_fill_in := base.to_fill_in("base = "):
+        lines.append(to_fill_in.rstrip())
     options = f'{base.arguments}, dtype="{dtype}", device_map="auto"'
     if quantization:
         lines.append(f"held = {quantization}  # as in the training")
@@ -128,7 +144,7 @@ def vllm_lora(base: Base, adapter: Where, name: str, lora: Mapping[str, Any]) ->
         return f"vLLM loads no adapters of rank {lora['rank']}; serve the merged model.\n"
     rank = next(size for size in VLLM_RANKS if size >= lora["rank"])
     lines = (
-        f"{adapter.download()}vllm serve {base.flags} --enable-lora --max-lora-rank {rank} \\\n"
+        f"{base.to_fill_in('BASE=')}{adapter.download()}vllm serve {base.flags} --enable-lora --max-lora-rank {rank} \\\n"
         f"  --lora-modules {name}={_here(adapter)} \\\n"
         f"  --chat-template {adapter.inside('chat_template.jinja')}\n"
         f"{_curl(name)}"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 BAR = 30  # characters of the histogram's longest bar
+COLOURLESS = "[[", "]]"  # around what is trained, in a pipe and where there are no colours
 # What a source is for that is not trained on in its own right.
 USE = {
     "eval": ", for evaluation",
@@ -66,12 +67,12 @@ def print_check(found: dict[str, Any]) -> None:
         bar = "█" * -(-BAR * bucket["rows"] // most)
         console.print(Text(f"  {'':<10}up to {bucket['up_to']:>7} tokens {bucket['rows']:>8} {bar}", "dim"))  # fmt: skip
     if found["rows"]:
-        console.print(
-            Text("  the first rows as they are trained, what is trained in green:", "dim")
-        )
-    for row in found["rows"]:
-        console.print(Text(f"  {row['place']}", "bold"), soft_wrap=True)
-        console.print(_coloured(row), soft_wrap=True)
+        marks = COLOURLESS if console.color_system is None or console.no_color else ("", "")
+        how = f"between {marks[0]} and {marks[1]}" if marks[0] else "in green"
+        console.print(Text(f"  the first rows as they are trained, what is trained {how}:", "dim"))
+        for row in found["rows"]:
+            console.print(Text(f"  {row['place']}", "bold"), soft_wrap=True)
+            console.print(_coloured(row, marks), soft_wrap=True)
 
 
 def gpu_text(gpu: dict[str, Any]) -> str:
@@ -105,7 +106,7 @@ def _gib(count: int) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _coloured(row: dict[str, Any]) -> Text:
+def _coloured(row: dict[str, Any], marks: tuple[str, str]) -> Text:
     if "refused" in row:
         return Text(f"    refused: {row['refused']}", "red")
     text = Text("    ")
@@ -113,7 +114,7 @@ def _coloured(row: dict[str, Any]) -> Text:
     for turn in row["trained"]:
         start = row["text"].index(turn["text"], at)
         text.append(_indented(row["text"][at:start]))
-        text.append(_indented(turn["text"]), "green")
+        text.append(_indented(turn["text"].join(marks)), "green")
         at = start + len(turn["text"])
     return text.append(_indented(row["text"][at:]))
 

@@ -20,6 +20,7 @@ from typing import IO, Any, Literal, Protocol, Self
 import structlog
 from rich.console import Console
 from rich.progress import Progress, TaskID
+from rich.text import Text
 
 from jobs.observe.live import LiveView
 from jobs.observe.snapshot import Moved, Snapshot
@@ -175,6 +176,15 @@ class Observer:
 
     def warn(self, text: str) -> None:
         self.event("warning", text=text)
+
+    def notice(self, text: str) -> None:
+        """A line for a person, said also where the observer is quiet: why nothing seems to go on."""
+        text = redact(text)
+        if self.console:
+            self.console.print(Text.assemble(("  waiting   ", "yellow"), text), soft_wrap=True)
+        else:
+            self._stream.write(f"waiting: {text}\n")
+            self._stream.flush()
 
     def line(self, text: str) -> None:
         """A JSON line, already redacted and rendered: to the file, and to a stream that is no terminal."""

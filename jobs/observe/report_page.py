@@ -40,6 +40,7 @@ def page(report: dict[str, Any], charts: Sequence[Chart]) -> str:
         for chart in charts
     ]
     verify = report["verify"]
+    limit = report["spec"]["data"]["retention_limit"]
     return environment.get_template("report.html.jinja").render(
         r=report,
         css=Markup((here / "report.css").read_text("utf-8")),  # noqa: S704
@@ -52,7 +53,8 @@ def page(report: dict[str, Any], charts: Sequence[Chart]) -> str:
         answers=answers(report),
         made=made(verify),
         quantization=table(quantization(verify)),
-        retention=retention(report["train"].get("retention")),
+        retention=retention(report["train"].get("retention"), limit),
+        retention_limit=limit,
         stages=timings(report["stages"]),
         seconds=sum(stage["seconds"] for stage in report["stages"]),
         cost=cost(report),
@@ -304,13 +306,15 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def retention(rows: Any) -> list[dict[str, Any]]:
-    """Losses before and after on what the model should still know, with the change."""
+def retention(rows: Any, limit: float) -> list[dict[str, Any]]:
+    """Losses before and after on what the model should still know, with the change, and whether it
+    is one that the run warns of."""
     found = []
     for row in rows if isinstance(rows, list) else []:
         if _is_number(row.get("before")) and _is_number(row.get("after")):
             change = (row["after"] - row["before"]) if None not in (row["before"], row["after"]) else None  # fmt: skip
-            found.append({**row, "change": change, "source": row.get("source", "")})
+            worse = change is not None and not change <= limit  # also where it is not a number
+            found.append({**row, "change": change, "worse": worse, "source": row.get("source", "")})
     return found
 
 

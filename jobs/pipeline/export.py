@@ -14,12 +14,16 @@ from typing import Any
 
 from jobs.base_model import copy_tokenizer, repository_of, settle_stops, write_json
 from jobs.errors import VerificationError, bullet_list, in_field
+from jobs.export.gguf import file_name
 from jobs.observe.answers_table import ANSWERS, write_answers
 from jobs.pipeline.job import Job, code_key
 from jobs.secrets import guard_process
+from jobs.spec import Spec
 from jobs.stages import Done
 from jobs.train.engines import is_unsloth
 from jobs.train.runtime import settle_threads
+
+UNQUANTIZED = ("f32", "f16", "bf16")
 
 
 def settle_llama_cpp(job: Job) -> None:
@@ -173,10 +177,10 @@ def verify_stage(job: Job, done: dict[str, Done]) -> Done:
             )  # fmt: skip
         write_answers(folder / "report", result, failures)  # also of a run that failed, to see why
         if failures:
+            checks = "1 check" if len(failures) == 1 else f"{len(failures)} checks"
             raise VerificationError(
-                f"{len(failures)} checks failed, so nothing is published:\n{bullet_list(failures)}",
-                f"read {folder / 'report' / 'answers.txt'}; if training was too short or too hot, "
-                "change train.epochs or train.learning_rate",
+                f"{checks} failed, so nothing is published:\n{bullet_list(failures)}",
+                f"read {folder / 'report' / 'answers.txt'}; {what_to_change(spec, failures)}",
             )
         return result
 
@@ -186,6 +190,27 @@ def verify_stage(job: Job, done: dict[str, Done]) -> Done:
         "code": code_key("export"),
     }
     return job.stages.run("verify", inputs, work, note=_verify_note)
+
+
+def what_to_change(spec: Spec, failures: list[str]) -> str:
+    """What of the spec is most likely at fault."""
+    export = spec.export
+    lossy = [kind for kind in export.gguf if kind not in UNQUANTIZED]
+
+    def is_of_few_bits(kind: str, failure: str) -> bool:
+        """Answers and loss are named by the type; what is said of the file may be any fault of it, but
+        for the limits to what a type may lose."""
+        of_file = failure.startswith(f"{file_name(spec.name, kind)}: ") and "verify.max_" in failure
+        return of_file or failure.startswith(f"{kind}: ")
+
+    at_fault = [kind for kind in lossy if any(is_of_few_bits(kind, each) for each in failures)]
+    if not all(any(is_of_few_bits(kind, each) for kind in at_fault) for each in failures):
+        return "if training was too short or too hot, change train.epochs or train.learning_rate"
+    imatrix = "" if export.imatrix else ", or set export.imatrix"
+    return (
+        f"all but {', '.join(at_fault)} is right, which has too few bits for what was trained: take a "
+        f"larger type in export.gguf{imatrix}"
+    )
 
 
 def _verify_note(result: dict[str, Any]) -> str:

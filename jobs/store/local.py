@@ -111,11 +111,17 @@ class LocalStore:
 
     def _delete(self, path: Path) -> None:
         try:
-            path.unlink(missing_ok=True)
-        except NotADirectoryError:
-            pass  # what the key calls a folder is a file: the key is not there
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return  # the latter: what the key calls a folder is a file, so the key is not there
         except OSError as error:
             raise disk_error(error, path) from None
+        # Keys have no folders: those that were made for this one go with it.
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for folder in path.parents:
+                if folder == self.folder:
+                    break
+                folder.rmdir()
 
     def _path(self, key: str) -> Path:
         """The key's file. Raises AccessError where the key leads out of the folder."""

@@ -15,11 +15,17 @@ from jobs.store.hashing import FileEntry, sha256_of
 from jobs.store.manifest import NAME
 
 
-def publish(folder: Path, files: list[FileEntry], store: Store, advance: Advance) -> dict[str, int]:
+def publish(
+    folder: Path,
+    files: list[FileEntry],
+    store: Store,
+    advance: Advance,
+    removed: Callable[[list[str]], None] = lambda names: None,
+) -> dict[str, int]:
     """Bring `store` to hold exactly the manifest's files; returns how many were sent and kept.
 
     Files of an earlier run at the same place that are no longer part of it are removed, so that a
-    changed spec leaves no stale GGUF beside the new ones.
+    changed spec leaves no stale GGUF beside the new ones; `removed` hears of them.
     """
     path = folder / NAME
     manifest: FileEntry = {"path": NAME, "size": path.stat().st_size, "sha256": sha256_of(path)}
@@ -29,6 +35,8 @@ def publish(folder: Path, files: list[FileEntry], store: Store, advance: Advance
     if missing or NAME not in held:
         stale = _listed_before(store) - {file["path"] for file in files}
         store.replace(folder, missing, stale, NAME, advance)
+        if stale:
+            removed(sorted(stale))
     return {"sent": len(missing), "kept": len(files) - len(missing)}
 
 

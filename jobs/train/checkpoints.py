@@ -24,13 +24,20 @@ from jobs.store.local import disk_error
 MARKER = "complete.json"
 PREFIX = "checkpoint-"  # the name of a folder is transformers', with the step behind it
 
+# What two hashes mean to a person.
+OTHER = {
+    "base": "other weights, configuration or tokenizer",
+    "data": "other conversations, chat template or settings of data",
+}
+
 
 @dataclass
 class Checkpoints:
     """The checkpoints of one training, below `folder`, and below `checkpoints/` in `remote`.
 
     `inputs` is what the training is made from: only a checkpoint of the same is gone on with. An
-    older lorajob's lacks the fields that it did not know: they had the `defaults`.
+    older lorajob's lacks the fields that it did not know: they had the `defaults`. Those of another
+    training are left behind where that one had come to its end, else as `if_changed` says.
     `guard` raises where this process may not write to the store any more.
     """
 
@@ -59,7 +66,8 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest whole checkpoint of this training, here; fetched where it is elsewhere.
 
-        Raises SpecError where there are only those of another training, saying what has changed.
+        Raises SpecError where there are only those of another training that has not come to its
+        end, saying what has changed.
         """
         self.safe = None
         found: list[tuple[int, Path, str | None]]
@@ -67,7 +75,7 @@ class Checkpoints:
         if self.remote:
             there = _names(self.remote.entries())
             found += [(step, self.folder / name, name) for step, name in there]
-        other: dict[str, Any] | None = None
+        others: list[dict[str, Any]] = []
         # Of the same step the one that is here first.
         for _, folder, name in sorted(found, key=lambda f: (-f[0], f[2] is not None)):
             marker = self._fetched(name, folder) if name else _marker(folder)
@@ -80,18 +88,38 @@ class Checkpoints:
                     where = self.remote.url if self.remote else self.folder
                     self.safe = f"checkpoint of step {marker['step']} in {where}"
                 return folder
-            other = other or marker
-        if other and self.if_changed == "fail":
-            changes = differences(self._made_from(other), self.inputs)
+            others.append(marker)
+        if others:
+            self._leave_behind(others)
+        return None
+
+    def _leave_behind(self, others: list[dict[str, Any]]) -> None:
+        """Remove the checkpoints of another training, or raise SpecError where it may be wanted."""
+        # Only the last checkpoint of a training says that it has come to its end.
+        ended = [self._made_from(marker) for marker in others if marker.get("finished") is True]
+        unfinished = [marker for marker in others if self._made_from(marker) not in ended]
+        other = (unfinished or others)[0]
+        changes = f"what has changed (there, now):\n{bullet_list(self._changes(other))}"
+        if unfinished and self.if_changed == "fail":
             raise SpecError(
-                f"the checkpoint of step {other.get('step')} is of another training; what has changed "
-                f"(there, now):\n{bullet_list(changes)}",
+                f"the checkpoint of step {other.get('step')} is of another training; {changes}",
                 "undo the change, give the run another name, or set checkpoints.if_changed to restart "
                 "to leave the checkpoints behind",
             )
-        if other:
-            self.clear()
-        return None
+        if not unfinished:
+            self.tell(
+                f"training begins anew, and its checkpoints replace those of the training that had "
+                f"come to its end at step {other.get('step')}; {changes}"
+            )
+        self.clear()
+
+    def _changes(self, other: dict[str, Any]) -> list[str]:
+        before, now = self._made_from(other), self.inputs
+        return [
+            f"{name}: {OTHER[name]}" if name in OTHER and name in before and name in now else line
+            for line in differences(before, now)
+            for name in [line.partition(":")[0]]
+        ]
 
     def _here(self) -> list[tuple[int, Path]]:
         return [
@@ -122,14 +150,15 @@ class Checkpoints:
 
     # --- keeping
 
-    def commit(self, folder: Path, step: int) -> None:
+    def commit(self, folder: Path, step: int, finished: bool = False) -> None:
         """Declare a folder a whole checkpoint, and send it in the background.
 
+        `finished` says that the training takes no step after this one.
         Older ones are removed beyond `keep`. Where one is still being sent, this one is next, and
         those between are not sent at all.
         """
         files = file_entries(folder)
-        marker = {"step": step, "inputs": self.inputs, "files": files}
+        marker = {"step": step, "finished": finished, "inputs": self.inputs, "files": files}
         partial = folder / f".partial-{MARKER}"
         try:
             partial.write_text(json.dumps(marker), "utf-8")

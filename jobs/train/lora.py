@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,19 @@ from transformers.pytorch_utils import Conv1D
 from jobs.base_model import weight_files
 from jobs.errors import SpecError
 from jobs.spec import Lora
+from jobs.train.modules import require_modules
 
 
 def options(lora: Lora, model: Any) -> dict[str, Any]:
     """The arguments of peft's LoraConfig, all but the targets.
 
-    Raises SpecError where the model has no module that is to be trained whole: peft says nothing.
+    Raises SpecError where the model has no such module: peft says nothing, or not which there are.
     """
-    names = [name for name, _ in model.named_modules()]
-    for wanted in lora.modules_to_save:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            near = get_close_matches(wanted, {name.rpartition(".")[2] for name in names}, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise SpecError(
-                f"lora.modules_to_save: the base model has no module {wanted}",
-                f"{hint}Its embeddings, head and norms are usual: embed_tokens, lm_head, norm",
-            )
+    modules = dict(model.named_modules())
+    matrices = [
+        name for name, each in modules.items() if isinstance(each, torch.nn.Linear | Conv1D)
+    ]
+    require_modules(lora, modules, matrices)
     embeddings = {"embed_tokens", "lm_head"} & {m.rpartition(".")[2] for m in lora.modules_to_save}
     return {
         # Where embeddings and head are one matrix they stay one.

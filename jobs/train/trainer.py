@@ -128,7 +128,8 @@ class Trainer(Base):  # type: ignore[misc]
         for name in ("training_args.bin", "rng_state.pth", "README.md"):
             (folder / name).unlink(missing_ok=True)
         self.progress.keep(folder)
-        self.checkpoints.commit(folder, self.state.global_step)
+        last = self.state.global_step >= self.state.max_steps or self.progress.is_exhausted
+        self.checkpoints.commit(folder, self.state.global_step, finished=last)
 
     progress: Progress
     checkpoints: Checkpoints

@@ -10,8 +10,9 @@ import pytest
 
 from jobs.data import pool
 from jobs.data.chunks import Recipe
+from jobs.data.conversation import BadRow
 from jobs.data.labels import IGNORE
-from jobs.data.prepare import prepare
+from jobs.data.prepare import first_conversations, prepare
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DataError
 from jobs.spec import Data
@@ -186,6 +187,34 @@ def test_bad_rows_up_to_a_share_are_skipped_and_shown(tmp_path: Path) -> None:
     assert summary["bad_shown"][0].startswith(f"{source}, line 19:")
     with pytest.raises(DataError, match=r"9\.0% may be"):
         run(tmp_path, source, skip_bad_rows=0.09)
+
+
+@pytest.mark.parametrize("broken", [0, 3])
+def test_a_line_that_is_no_json_is_one_of_the_rows_that_cannot_be_used(
+    tmp_path: Path, broken: int
+) -> None:
+    source = write(tmp_path / "a.jsonl", ANSWERS[:9])
+    lines = Path(source).read_text().splitlines()
+    lines.insert(broken, lines[0][:30])  # as the first one the format is found behind it
+    lines.append('{"messages": []}')
+    Path(source).write_text("\n".join(lines))
+    summary = run(tmp_path, source, skip_bad_rows=0.2)
+    assert (summary["rows"], summary["train_rows"], summary["bad_rows"]) == (11, 9, 2)
+    assert f"a.jsonl, line {broken + 1}: no valid JSON: " in summary["bad_shown"][0]
+    with pytest.raises(DataError, match="2 rows of 11 cannot be used") as raised:
+        run(tmp_path, source)
+    assert "a.jsonl, line 11: " in raised.value.message, "the other bad rows are told too"
+    data = Data.model_validate({"train": [source]})
+    shown = list(first_conversations(data, 11))
+    assert [isinstance(found, BadRow) for _, found in shown].count(True) == 2
+
+
+def test_a_file_of_which_no_line_is_json_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('[\n{"messages": []},\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no valid JSON") as raised:
+        run(tmp_path, str(path), skip_bad_rows=0.9)
+    assert "one array of all records is a .json file" in str(raised.value)
 
 
 def test_many_rows_are_labelled_by_several_processes_to_the_same_bytes(

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.data import read
+from jobs.data.conversation import BadRow
 from jobs.data.files import DataFile
 from jobs.data.read import Row, read_rows, source_files
 from jobs.errors import AccessError, DataError, LorajobError
@@ -161,8 +163,33 @@ def test_what_lies_behind_the_limit_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\nbroken\n')
     (tmp_path / "b.json").write_text("broken")
     assert len(rows(tmp_path, limit=2)) == 2
-    with pytest.raises(DataError, match=r"a\.jsonl, line 3"):
-        rows(tmp_path, limit=3)
+    assert isinstance(rows(tmp_path, limit=3)[-1].value, BadRow)
+    with pytest.raises(DataError, match=r"b\.json, line 1"):
+        rows(tmp_path, limit=4)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": ', r"no valid JSON: Expecting value \(column \d+\)"),
+        (b'{"a": 1} {"a": 2}', r"no valid JSON: Extra data \(column 10\)"),
+        (b"[" * 100_000, "cannot be read: "),
+        (b"1" * 5000, "cannot be read: "),
+    ],
+    ids=["cut off", "two", "deep", "long"],
+)
+def test_a_line_that_is_no_json_is_one_row_that_cannot_be_used(
+    tmp_path: Path, name: str, line: bytes, reason: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n\n{"a": 4}\n')
+    first, bad, last = rows(path)
+    assert (first.value, last.value) == ({"a": 1}, {"a": 4})
+    assert isinstance(bad.value, BadRow)
+    assert re.match(reason, str(bad.value))
+    assert bad.place == f"{path}, line 2"
+    assert last.number == 4
 
 
 TABLE = b"q,a\n1,2\n"
@@ -173,12 +200,8 @@ TABLE = b"q,a\n1,2\n"
     [
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b" \n\n", "is empty"),
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', r"line 2, column \d+: no valid JSON"),
-        ("a.jsonl", b'{"a": 1} {"a": 2}\n', "line 1, column 10: no valid JSON: Extra data"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"line 2 is not UTF-8 text \(byte 8 "),
         ("a.jsonl", b"\xff\xfe\x00", "UTF-16"),
-        ("a.jsonl", b"[" * 100_000, "line 1 cannot be read"),
-        ("a.jsonl", b"1" * 5000, "line 1 cannot be read"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "LFS pointer"),
         ("a.json", b"", "is empty"),
         ("a.json", b" \n", "is empty"),

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from jobs.export.card import BaseCard, cards, read_base_card
+from jobs.export.recipes import NOWHERE
 from jobs.store.hub.layout import keys_of, layout
 from tests.conftest import BASE, ROOT
 from tests.servers.hub_model import card_faults
@@ -182,6 +183,19 @@ def test_recipes_name_the_repositories_and_files_that_there_are() -> None:
     assert "q5" not in text.lower()
 
 
+@pytest.mark.parametrize("source", ["/home/ann/bases/mine", "s3://bases/mine"])
+def test_a_base_that_is_not_on_the_hub_is_left_to_fill_in(source: str) -> None:
+    made = manifest(inputs__base={"source": source, "commit": None})
+    text = cards(made, BaseCard())["adapter/README.md"]
+    programs = "".join(re.findall(r"```(?:python|sh)\n(.*?)```", text, re.DOTALL))
+    assert source not in programs
+    assert f'\nbase = "{NOWHERE}"  # fill in: ' in programs
+    assert "AutoModelForCausalLM.from_pretrained(base, dtype=" in programs
+    assert f'BASE="{NOWHERE}"  # fill in: ' in programs
+    assert 'vllm serve "$BASE" --enable-lora' in programs
+    assert f"`{source}`" in text, "which it was is told"
+
+
 def test_only_what_there_is_has_a_recipe() -> None:
     text = cards(without(manifest(), "merged", "gguf"), BaseCard())["README.md"]
     assert "peft" in text
@@ -255,7 +269,7 @@ def test_the_same_manifest_gives_the_same_cards(demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_programs_in_a_card_run_as_they_stand(demo: Path, tmp_path: Path) -> None:
+def test_the_programs_in_a_card_run_with_the_base_filled_in(demo: Path, tmp_path: Path) -> None:
     text = (demo / "README.md").read_text("utf-8")
     programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(programs) == 2
@@ -263,7 +277,7 @@ def test_the_programs_in_a_card_run_as_they_stand(demo: Path, tmp_path: Path) ->
         (tmp_path / name).symlink_to(demo / name)
     for program in programs:
         done = subprocess.run(
-            [sys.executable, "-c", program.replace("examples/demo/base", str(BASE))], cwd=tmp_path,
+            [sys.executable, "-c", program.replace(NOWHERE, str(BASE))], cwd=tmp_path,
             check=False, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

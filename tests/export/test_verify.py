@@ -19,6 +19,7 @@ from jobs.export.llama.build import find_tools
 from jobs.export.merge import merge
 from jobs.export.verify import Paths, verify
 from jobs.observe.events import Observer
+from jobs.pipeline.export import what_to_change
 from jobs.spec import Spec
 from jobs.spec_source import load_spec
 from tests.conftest import BASE, ROOT
@@ -220,3 +221,37 @@ def test_a_file_that_lost_too_much_in_quantizing_is_found(found: Callable[..., l
     assert all(text.startswith("demo-Q4_K_M.gguf: ") for text in failures)
     assert "verify.max_kl is 0.001" in failures[0]
     assert "verify.max_perplexity_increase is 0.001" in failures[1]
+
+
+SHORT = "train.epochs or train.learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("failures", "advice"),
+    [
+        (
+            ["q4_k_m: of the 3.900 that training took off the loss it keeps 1.2"],
+            "all but q4_k_m is",
+        ),
+        (["q4_k_m: no answer stops by itself", "q2_k: no answer stops by itself"], "q4_k_m, q2_k"),
+        (
+            ["a-Q4_K_M.gguf: too far from those of the F16: verify.max_kl is 0.1"],
+            "all but q4_k_m is",
+        ),
+        (["a-Q4_K_M.gguf: its padding token is 1, not 2"], SHORT),
+        (["q4_k_m: no answer stops by itself", "merged: no answer stops by itself"], SHORT),
+        (["adapter: its answer lacks 'Mira'"], SHORT),
+        (["f16: no answer stops by itself"], SHORT),
+        (["the f16 GGUF: its loss is nan"], SHORT),
+    ],
+)
+def test_what_to_change_is_what_is_at_fault(failures: list[str], advice: str) -> None:
+    tree: dict[str, Any] = {
+        "name": "a", "model": {"base": str(BASE)}, "data": {"train": "x.jsonl"},
+        "export": {"gguf": ["f16", "q4_k_m", "q2_k"]},
+    }  # fmt: skip
+    told = what_to_change(Spec.model_validate(tree), failures)
+    assert advice in told
+    assert ("export.imatrix" in told) == ("larger type" in told) == (advice != SHORT)
+    tree["export"]["imatrix"] = True
+    assert "export.imatrix" not in what_to_change(Spec.model_validate(tree), failures)

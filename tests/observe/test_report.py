@@ -201,9 +201,15 @@ def test_forgetting_and_quantization_have_tables_where_they_were_measured(
 ) -> None:
     assert not page_of(make_run(again, tokenizer)).text("retention")
     forgotten = [{"source": "wiki", "tokens": 900, "before": 2.0, "after": 2.25},
-                 {"source": "code", "tokens": 800, "before": 1.5, "after": 1.4}]  # fmt: skip
+                 {"source": "code", "tokens": 800, "before": 1.5, "after": 1.4},
+                 {"source": "mail", "tokens": 700, "before": 1.0, "after": 1.05}]  # fmt: skip
     answers = answers_of() | {"gguf": MEASURED}
     page = page_of(make_run(again, tokenizer, train={"retention": forgotten}, answers=answers))
+    assert "above 0.1 (data.retention_limit)" in page.text("retention")
+    text = (again / "report" / "report.html").read_text("utf-8")
+    assert re.findall(r'<td class="n (\w*)">([+-][\d.]+)</td>', text) == [
+        ("worse", "+0.2500"), ("better", "-0.1000"), ("", "+0.0500"),
+    ], "only what is over the limit is told as bad"  # fmt: skip
     assert "wiki 2.0000 2.2500 +0.2500" in page.text("retention")
     assert "code 1.5000 1.4000 -0.1000" in page.text("retention")
     exports = page.text("exports")

@@ -79,6 +79,33 @@ def test_what_is_wider_than_a_phone_scrolls_by_itself(browser: Browser, report: 
     assert browser.value("document.querySelector('#quantization + .scroll').scrollWidth") > 390
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_is_cut_has_a_visible_edge_until_its_end(
+    browser: Browser, report: Path, scheme: str
+) -> None:
+    browser.show(report, 390, scheme)
+
+    def edges() -> tuple[float, float]:
+        """How far the outermost columns of pixels differ from the card, left and right."""
+        left, top, right = browser.value(
+            "(() => { const r = document.querySelector('#quantization + .scroll')"
+            ".getBoundingClientRect(); return [r.left, r.bottom - 12 + scrollY, r.right]; })()"
+        )
+        picture = Image.open(io.BytesIO(browser.screenshot())).convert("L")
+        at = [picture.getpixel((round(x), round(top))) for x in (left + 3, right - 4)]
+        (card,) = browser.value(
+            "[getComputedStyle(document.querySelector('.card')).backgroundColor.match(/\\d+/g)"
+            ".map(Number).reduce((a, b) => a + b) / 3]"
+        )
+        return abs(at[0] - card), abs(at[1] - card)
+
+    left, right = edges()
+    assert right > 20 > left, "more follows on the right"
+    browser.value("document.querySelector('#quantization + .scroll').scrollLeft = 9999")
+    left, right = edges()
+    assert left > 20 > right, "and then there is nothing more"
+
+
 def test_the_schemes_differ_and_text_can_be_read_in_both(browser: Browser, report: Path) -> None:
     light = {}
     for scheme in ("light", "dark"):

@@ -132,6 +132,28 @@ def test_delete_removes_a_key_and_takes_one_that_is_not_there(
     assert keys(store) == []
 
 
+def folders(store: LocalStore) -> list[str]:
+    found = store.folder.rglob("*")
+    return sorted(p.relative_to(store.folder).as_posix() for p in found if p.is_dir())
+
+
+def test_a_key_takes_the_folders_with_it_that_are_empty_then(
+    store: LocalStore, source: Path
+) -> None:
+    for key in ("checkpoints/checkpoint-20/a", "checkpoints/checkpoint-20/deep/b", "gguf/c"):
+        put(store, source, key)
+    (store.folder / "gguf" / "mine").mkdir()
+    store.delete({"checkpoints/checkpoint-20/a"})
+    assert "checkpoints/checkpoint-20/deep" in folders(store)
+    store.delete({"checkpoints/checkpoint-20/deep/b", "gguf/c"})
+    assert folders(store) == ["gguf", "gguf/mine"]
+    store.delete({"gguf/mine/never-there"})
+    assert folders(store) == ["gguf", "gguf/mine"]
+    put(store, source, "d")
+    store.delete({"d"})
+    assert store.folder.is_dir()
+
+
 def test_a_folder_is_not_deleted_as_if_it_were_a_file(store: LocalStore, source: Path) -> None:
     put(store, source, "sub/a")
     with pytest.raises(AccessError):

@@ -106,7 +106,11 @@ def test_what_an_earlier_manifest_listed_goes_and_what_others_put_there_stays(
         LocalStore(tmp_path / "out"),
     )  # fmt: skip
     (tmp_path / "out" / "gguf" / "foreign").write_text("mine")
-    send(tmp_path / "run", make_run(tmp_path / "run", a="1"), LocalStore(tmp_path / "out"))
+    files, removed = make_run(tmp_path / "run", a="1"), list[str]()
+    for _ in range(2):  # the second finds nothing to do
+        out = LocalStore(tmp_path / "out")
+        publish(tmp_path / "run", files, out, no_advance, removed.extend)
+    assert removed == ["gguf/old"]
     assert keys(LocalStore(tmp_path / "out")) == ["a", "gguf/foreign", "manifest.json"]
 
 

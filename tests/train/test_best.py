@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ def test_the_best_weights_are_exported_and_training_ends_early(
     assert found == {"steps": 4, "max_steps": 7, "stopped_early": True, "best_step": 2, "eval_loss": 2.0}  # fmt: skip
     exported = adapter(tmp_path / "a" / "out" / "adapter")
     checkpoints = tmp_path / "a" / "checkpoints"
+    finished = [
+        json.loads((checkpoints / f"checkpoint-{step}" / "complete.json").read_text())["finished"]
+        for step in (3, 4)
+    ]
+    assert finished == [False, True]
     assert same(exported, adapter(checkpoints / "checkpoint-2"))
     assert not same(exported, adapter(checkpoints / "checkpoint-4"))
 

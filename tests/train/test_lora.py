@@ -52,6 +52,14 @@ def test_loftq_brings_the_quantized_base_nearer_to_the_weights_as_they_were() ->
         assert torch.equal(one, other)
 
 
+def test_a_target_that_the_model_lacks_is_named_with_those_it_has() -> None:
+    with pytest.raises(
+        SpecError, match=r"lora\.target: the base model has no module v_prj"
+    ) as caught:
+        add_lora(load_model(BASE, "16bit", "cpu"), spec("16bit", target=["q_proj", "v_prj"]), BASE)
+    assert "did you mean v_proj? it has down_proj, gate_proj, k_proj" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("options", "saved"),
     [

@@ -245,13 +245,78 @@ def test_a_changed_spec_says_what_changed_or_begins_anew(
     before = {"train": {"learning_rate": 1e-3, "seed": 1}, "base": "a"}
     for folder in (tmp_path / "checkpoints").iterdir():
         marker = json.loads((folder / MARKER).read_text())
-        (folder / MARKER).write_text(json.dumps({**marker, "inputs": before}))
+        unfinished = {**marker, "inputs": before, "finished": False}
+        (folder / MARKER).write_text(json.dumps(unfinished))
     now = {"train": {"learning_rate": 2e-3, "seed": 1}, "base": "a"}
     with pytest.raises(SpecError, match=r"train\.learning_rate: 0\.001, 0\.002") as caught:
         Checkpoints(tmp_path / "checkpoints", now).newest()
     assert "seed" not in caught.value.message
     assert Checkpoints(tmp_path / "checkpoints", now, if_changed="restart").newest() is None
     assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_checkpoint_says_whether_its_training_has_come_to_its_end(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+) -> None:
+    go(tokenizer, prepared, tmp_path, spec({"every_steps": 3}), keep=9)
+    found = {
+        folder.name: json.loads((folder / MARKER).read_text())["finished"]
+        for folder in (tmp_path / "checkpoints").iterdir()
+    }
+    assert found == {"checkpoint-3": False, "checkpoint-6": False, "checkpoint-7": True}
+
+
+def kept(folder: Path, step: int, inputs: dict[str, Any], **finished: bool) -> None:
+    """A checkpoint of some training, without any training."""
+    folder = folder / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text(str(step))
+    Checkpoints(folder.parent, inputs, keep=9).commit(folder, step, **finished)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in a store"])
+def test_those_of_a_training_that_had_come_to_its_end_do_not_stand_in_the_way(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    place = tmp_path / "store" / "checkpoints" if elsewhere else tmp_path / "here"
+    kept(place, 40, {"train": {"epochs": 3}, "data": "aaa"})
+    kept(place, 60, {"train": {"epochs": 3}, "data": "aaa"}, finished=True)
+    told: list[str] = []
+    remote = LocalStore(tmp_path / "store") if elsewhere else None
+    now = {"train": {"epochs": 5}, "data": "bbb"}
+    assert Checkpoints(tmp_path / "here", now, remote, tell=told.append).newest() is None
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    assert len(told) == 1
+    assert "begins anew" in told[0]
+    assert "end at step 60" in told[0]
+    assert "train.epochs: 3, 5" in told[0]
+    assert "data: other conversations, chat template or settings of data" in told[0]
+    assert "aaa" not in told[0]
+
+
+def test_a_finished_training_keeps_its_own_checkpoint(tmp_path: Path) -> None:
+    kept(tmp_path, 60, {"a": 1}, finished=True)
+    found = Checkpoints(tmp_path, {"a": 1}).newest()
+    assert found is not None
+    assert found.name == "checkpoint-60"
+
+
+@pytest.mark.parametrize("finished", [{"finished": False}, None], ids=["unfinished", "an older lorajob's"])  # fmt: skip
+def test_those_of_an_unfinished_training_still_do(
+    tmp_path: Path, finished: dict[str, bool] | None
+) -> None:
+    kept(tmp_path, 60, {"data": "aaa", "base": "b"}, **(finished or {}))
+    if finished is None:
+        marker = json.loads((tmp_path / "checkpoint-60" / MARKER).read_text())
+        del marker["finished"]
+        (tmp_path / "checkpoint-60" / MARKER).write_text(json.dumps(marker))
+    # Another that is finished says nothing of this one.
+    kept(tmp_path, 80, {"data": "ccc", "base": "b"}, finished=True)
+    with pytest.raises(SpecError, match="checkpoint of step 60") as caught:
+        Checkpoints(tmp_path, {"data": "bbb", "base": "b"}).newest()
+    assert "data: other conversations, chat template or settings of data" in caught.value.message
+    assert "base" not in caught.value.message
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
 def test_a_loss_that_is_not_finite_ends_it_and_keeps_the_last_good_checkpoint(
