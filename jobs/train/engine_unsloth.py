@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 from unsloth import FastLanguageModel
 
-from jobs.errors import AccessError
+from jobs.errors import AccessError, SpecError
 from jobs.spec import Model, Spec
 from jobs.train import attention, lora
 from jobs.train.batches import FlatBatch
 from jobs.train.runtime import compute_dtype
 
-# What `all-linear` is for unsloth, which takes names: the linear layers of the architectures that
-# it has kernels for.
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QUANTIZED = (Linear4bit, Linear8bitLt)
 
 LONG = 2048  # any length from which unsloth finds it worthwhile to move a layer's input away
 
@@ -93,7 +93,25 @@ def load(folder: Path, model: Model, device: str) -> Any:
             f"unsloth could not load {folder}: {str(error).strip().splitlines()[0]}",
             "set train.engine to transformers, which knows more architectures",
         ) from None
+    if model.load_in != "16bit" and not any(isinstance(m, QUANTIZED) for m in loaded.modules()):
+        raise SpecError(
+            f"model.load_in: unsloth loads this base in 16 bit here, not in {model.load_in}",
+            "set train.engine to transformers, or model.load_in to 16bit",
+        )
     return loaded
+
+
+def linear_names(model: Any) -> list[str]:
+    """What `all-linear` is for unsloth, which takes names: those of the linear layers, without the
+    output head."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        }
+    )
 
 
 def add_lora(model: Any, spec: Spec, base: Path) -> Any:
@@ -102,7 +120,7 @@ def add_lora(model: Any, spec: Spec, base: Path) -> Any:
     try:
         tuned = FastLanguageModel.get_peft_model(
             model,
-            target_modules=ALL_LINEAR if target == "all-linear" else list(target),
+            target_modules=linear_names(model) if target == "all-linear" else list(target),
             use_gradient_checkpointing=False,
             random_state=spec.train.seed,
             **lora.options(spec.lora, model),

@@ -69,3 +69,48 @@ def test_a_run_with_unsloth_keeps_to_its_folders_and_asks_nobody(tmp_path: Path)
         e for e in events if e["event"] == "engine"
     ).items()
     assert any(event["event"] == "kernel" for event in events)
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from jobs.errors import SpecError
+from jobs.spec import Model, Spec
+from jobs.train.engines import engine, start_engine
+start_engine("unsloth")
+base, phi = sys.argv[1:]
+try:
+    engine().load(Path(base), Model(base=base, load_in="8bit"), "cpu")
+except SpecError as error:
+    print("refused:", error.message)
+spec = Spec.model_validate({"name": "t", "model": {"base": phi, "load_in": "16bit"}, "data": {"train": "x"}})
+model = engine().add_lora(engine().load(Path(phi), spec.model, "cpu"), spec, Path(phi))
+names = {n.split(".lora_A.")[0].rpartition(".")[2] for n, _ in model.named_parameters() if ".lora_A." in n}
+print("trained:", sorted(names))
+"""
+
+
+@pytest.mark.slow
+def test_unsloth_is_not_taken_at_its_word(tmp_path: Path) -> None:
+    """On a CPU it loads 16 bit where 8 are asked for, and it takes names of layers for granted."""
+    if reason := parity.missing():
+        pytest.skip(reason)
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=2048,
+        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    for path in BASE.glob("*token*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(BASE), str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        "refused: model.load_in: unsloth loads this base in 16 bit here, not in 8bit" in done.stdout
+    )
+    assert "trained: ['down_proj', 'gate_up_proj', 'o_proj', 'qkv_proj']" in done.stdout
