@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 from jobs.data.conversation import BadRow
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.errors import AccessError
+from jobs.errors import AccessError, SpecError
 from jobs.spec import Model, Spec
 from jobs.train import attention, lora
 from jobs.train.batches import FlatBatch
@@ -144,6 +145,12 @@ def add_lora(model: PreTrainedModel, spec: Spec, base: Path) -> PeftModel:
     except ValueError as error:
         raise lora.wrong_option(error) from None
     assert isinstance(peft_model, PeftModel)
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        # TRL computes the loss from the head's own weight, without ever holding all logits.
+        raise SpecError(
+            "lora.target: the output head takes no LoRA",
+            "leave it out, or name it in lora.modules_to_save, to train it whole",
+        )
     if spec.lora.loftq:
         lora.start_with_loftq(peft_model, base, spec.train.seed)
     # The folder, not its name on the Hub: peft would ask there at every checkpoint.

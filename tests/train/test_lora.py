@@ -144,3 +144,11 @@ def test_loftq_knows_the_layers_of_gpt2(prefix: str, tmp_path: Path) -> None:
         held = layer.get_base_layer().weight
         lost = weight - dequantize_4bit(held.data, held.quant_state).reshape(weight.shape)
         assert (lost - layer.get_delta_weight("default")).norm() < 0.95 * lost.norm(), name
+
+
+def test_lora_on_the_output_head_is_refused_with_what_to_do() -> None:
+    with pytest.raises(SpecError, match=r"lora\.target: the output head") as caught:
+        add_lora(load_model(BASE, "16bit", "cpu"), spec(target=["q_proj", "lm_head"]), BASE)
+    assert "lora.modules_to_save" in str(caught.value.hint)
+    saved = spec(target=["q_proj"], modules_to_save=["lm_head"])
+    assert add_lora(load_model(BASE, "16bit", "cpu"), saved, BASE) is not None
