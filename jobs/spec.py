@@ -195,7 +195,8 @@ class Data(Section):
             _as_share, json_schema_input_type=Annotated[Float, Field(ge=0, lt=1)] | Sources
         ),
     ] = 0.0
-    """The share of the conversations held out for evaluation, or sources of their own."""
+    """About which share of the conversations is held out for evaluation (each is drawn for itself, so
+    that more data move none), or sources of their own."""
     retention: Sources | None = None
     """What the model should not get worse at: texts or conversations, never trained on, whose loss is
     measured before and after the training. Of a text every token counts; of one longer than
