@@ -65,7 +65,7 @@ demo: setup tools
 	@test -t 1 || cat runs/demo/report/answers.txt
 
 test: setup tools
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: setup
 	$(VENV)/bin/ruff check .

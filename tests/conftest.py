@@ -19,10 +19,29 @@ from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
 from jobs.train.runtime import settle_threads
 
 settle_threads()  # before any test imports torch
+# What a script starts in the background ignores SIGINT, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"  # no test waits for a cloud's credentials
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "examples" / "demo" / "base"
+
+
+# Files go to the workers one by one: the longest first, or one worker waits for another in the end.
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        "stopping", "remote_runs", "image", "gguf_vocabularies", "verify", "demo", "chat", "card",
+        "secrets", "examples", "gguf", "loop", "parity", "resume",
+    )
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+
+    items.sort(key=rank)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_stopped_in_training_it_ends_with_20_and_the_next_start_makes_all_of_it(
     published = desk.work / "published" / "demo"
     manifest = json.loads((published / "manifest.json").read_text())
     assert {entry["path"].split("/")[0] for entry in manifest["files"]} == {
-        "adapter", "merged", "gguf", "report",
+        "adapter", "merged", "gguf", "report", "README.md",
     }  # fmt: skip
     assert all((published / entry["path"]).stat().st_uid == 1000 for entry in manifest["files"])
     assert {path.name for path in desk.work.iterdir()} == {"runs", "published"}

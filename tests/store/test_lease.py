@@ -332,7 +332,7 @@ def test_a_long_dead_holder_is_followed_at_once(real: S3Server, told: Told) -> N
     time.sleep(2.1)
     start = time.monotonic()
     with told.hold(store, ttl=60, wait=0) as lease:
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 10  # nobody waited for its 60 seconds
         lease.require()
         assert record(store)["who"] == "pod-a"
     assert told.texts == []

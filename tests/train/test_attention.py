@@ -138,8 +138,10 @@ def test_logits_in_chunks_are_those_of_the_whole(kind: str) -> None:
             [torch.cat(parts) for parts in zip(*in_chunks(model, batch, 7), strict=True)],
         ):
             assert torch.equal(tokens, targets)
-            assert torch.equal(found, logits)
-        assert torch.equal(trained_logits(model, batch, limit=5)[0], logits[:5])
+            # Not to the bit: several threads share out another number of rows otherwise.
+            torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
+        first = trained_logits(model, batch, limit=5)[0]
+        torch.testing.assert_close(first, logits[:5], rtol=0, atol=1e-5)
         loss, count = evaluate(model, [batch], torch.device("cpu"))
         assert count == len(targets)
         assert loss == pytest.approx(cross_entropy(logits, targets).item(), rel=1e-5)
