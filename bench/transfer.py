@@ -344,17 +344,22 @@ class Bench:
         if prefix.startswith("large"):
             time.sleep(6)  # the server frees a deleted object's memory some seconds later
 
-    def round(self, what: str, first: bool) -> Iterator[tuple[str, str, dict[str, float]]]:
+    def round(self, what: str, number: int) -> Iterator[tuple[str, str, dict[str, float]]]:
+        """Each begins once: whoever is first pays for memory that the machine has to find anew, up to
+        three seconds of the kernel's for 2 GB."""
         source, target = self.folder / what, self.folder / "in" / what
-        for name in self.found:
+        names = list(self.found)
+        turn = number % len(names)
+        names = names[turn:] + names[:turn]
+        for name in names:
             yield name, "up", self.run(name, "up", source, f"{what}-{name}")
             if name != "ours":
                 self.empty(f"{what}-{name}")
-        for name in self.found:
+        for name in names:
             target.mkdir(parents=True)
             # All fetch what ours has sent: the same objects, with the same checksums.
             yield name, "down", self.run(name, "down", target, f"{what}-ours")
-            if first:
+            if number == 0:
                 check(target, self.folder / f"{what}.json")
             shutil.rmtree(target)
         self.empty(f"{what}-ours")
@@ -461,7 +466,7 @@ def main() -> None:
             bench = Bench(folder, server, found)
             for number in range(arguments.rounds):
                 for what in ("large", "small"):
-                    for name, way, result in bench.round(what, first=number == 0):
+                    for name, way, result in bench.round(what, number):
                         runs.setdefault((what, way, name), []).append(result)
     lines = report(
         runs,

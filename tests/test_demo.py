@@ -109,14 +109,20 @@ def test_another_quant_type_does_not_train_again(own_demo: Path) -> None:
     assert there == {"demo-Q8_0.gguf", "Modelfile", "README.md"}
 
 
-def test_the_same_seed_gives_the_same_bytes(demo: Path, tmp_path: Path) -> None:
-    result = lorajob(
-        "run", "examples/demo.yaml", "--work", str(tmp_path),
-        LORAJOB__PUBLISH="[]", LORAJOB__EXPORT__GGUF="[]",
-    )  # fmt: skip
-    assert result.code == 0, result.err
-    for path in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
-        assert sha256_of(tmp_path / "demo" / path) == sha256_of(demo / path), path
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+    made = []
+    for name, seed in (("one", "3407"), ("two", "3407"), ("three", "1")):
+        result = lorajob(
+            "run", "examples/demo.yaml", "--work", str(tmp_path / name),
+            LORAJOB__PUBLISH="[]", LORAJOB__EXPORT__GGUF="[]", LORAJOB__TRAIN__MAX_STEPS="10",
+            LORAJOB__TRAIN__SEED=seed, LORAJOB__VERIFY__PROMPTS="[]",
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        paths = ("adapter/adapter_model.safetensors", "merged/model.safetensors")
+        made.append([sha256_of(tmp_path / name / "demo" / path) for path in paths])
+    one, two, three = made
+    assert one == two
+    assert one[0] != three[0]
 
 
 def test_an_expectation_that_is_not_met_publishes_nothing_and_ends_with_6(

@@ -35,7 +35,11 @@ def desk(tmp_path: Path) -> Desk:
 
 
 def test_stopped_in_training_it_ends_with_20_and_the_next_start_makes_all_of_it(desk: Desk) -> None:
-    often = {"LORAJOB__CHECKPOINTS__EVERY_STEPS": "10"}
+    often = {
+        "LORAJOB__CHECKPOINTS__EVERY_STEPS": "10",
+        "LORAJOB__TRAIN__MAX_STEPS": "40",
+        "LORAJOB__VERIFY__PROMPTS": "[]",  # so few steps do not teach what the demo's expect
+    }
     with desk.start("run", DEMO, env=often) as running:
         running.wait_for(lambda event: event["event"] == "checkpoint")
         code, seconds = running.terminate()
