@@ -136,11 +136,15 @@ class _UniqueKeys(yaml.SafeLoader):
             ) from None
 
 
-# A date is a text here: no field holds one, and a run's name may look like one.
-_UniqueKeys.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in known if tag != "tag:yaml.org,2002:timestamp"]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+def resolvers_without_dates() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """PyYAML's, by which a date is a text: no field holds one, and a run's name may look like one."""
+    return {
+        first: [(tag, form) for tag, form in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_UniqueKeys.yaml_implicit_resolvers = resolvers_without_dates()
 # PyYAML follows YAML 1.1, where 2e-4 without a dot is a string; everyone writes learning rates so.
 _UniqueKeys.add_implicit_resolver(
     "tag:yaml.org,2002:float",
