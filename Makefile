@@ -16,7 +16,7 @@ TORCH_CPU_HASH := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b26466
 .PHONY: help setup setup-gpu demo test lint lock charts tools clean
 
 help:
-	@echo "make demo       the whole job on this machine: about 3 minutes the first time, then a second"
+	@echo "make demo       the whole job on this machine: about 4 minutes the first time, then a second"
 	@echo "make setup      $(VENV)/bin/lorajob, for the processor, with what the tests need"
 	@echo "make setup-gpu  $(VENV)/bin/lorajob, for an NVIDIA GPU: Python 3.12, x86-64, driver 580"
 	@echo "make test       the tests"
