@@ -179,7 +179,7 @@ def main() -> None:
             cases = [{**case, **small} for case in cases]
         run_cases(
             "bench.train", cases, work, arguments.limit, deadline,
-            lambda found: write_results(arguments.out, found, report(found)),
+            lambda found: write_results(arguments.out, found, report(found, arguments.shared_caches)),
             arguments.shared_caches,
         )  # fmt: skip
     print(arguments.out.read_text("utf-8"))
@@ -208,7 +208,13 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def report(found: list[dict[str, Any]]) -> str:
+CACHES = {
+    False: "Every case begins with empty caches of compiled kernels.",
+    True: "Kernels that were compiled once stay compiled for the cases after it (`--shared-caches`).",
+}
+
+
+def report(found: list[dict[str, Any]], shared_caches: bool = False) -> str:
     done = [case for case in found if "failed" not in case]
     gpu = done[0]["gpu"] if done else "nothing ended"
     notebook = next((case for case in done if case["name"] == NOTEBOOK), None)
@@ -222,8 +228,8 @@ def report(found: list[dict[str, Any]]) -> str:
         f"same real chats of up to {MAX_LENGTH} tokens. Only tokens that are not padding count. The "
         f"ceiling is {CEILING:,.0f} tokens a second: the card's measured matrix rate "
         f"({MATRIX_RATE / 1e12:.0f} TFLOP/s) over the operations of a token without recomputation. "
-        "Every case begins with empty caches of compiled kernels. GiB are what torch had reserved "
-        "at most while training, and in brackets while it looked for a plan, where that was more.",
+        f"{CACHES[shared_caches]} GiB are what torch had reserved at most while training, and in "
+        "brackets while it looked for a plan, where that was more.",
         "",
         "| case | rows a step | tokens a second | times the notebook | of the ceiling | s a step "
         "| GiB | start to first step | tokens at a time |",

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 from datasets import Dataset
 from transformers import TrainerControl
@@ -22,18 +21,11 @@ from jobs.store.local import disk_error
 from jobs.train.checkpoints import PREFIX, Checkpoints
 from jobs.train.engines import engine
 from jobs.train.loss import evaluate
+from jobs.train.optimizer import OPTIMIZERS, AdamWTogether, optimizer_of
 from jobs.train.progress import Progress
 from jobs.train.rows import lengths_of
 
 Base: Any = engine().TRAINER
-
-# The names of transformers: without a GPU the paged ones do not page.
-OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "adamw_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-}
 
 
 class Trainer(Base):  # type: ignore[misc]
@@ -65,6 +57,11 @@ class Trainer(Base):  # type: ignore[misc]
             return super()._get_train_sampler(train_dataset)
         lengths = lengths_of(self.train_dataset).tolist()
         return ByLength(self.args.train_batch_size, lengths, self.args.data_seed)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None and self.args.optim == OPTIMIZERS["adamw_8bit"]:
+            self.optimizer = AdamWTogether.like(super().create_optimizer(model))
+        return super().create_optimizer(model)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # transformers would look for them in a batch of its own form
@@ -131,6 +128,7 @@ class Trainer(Base):  # type: ignore[misc]
         last = self.state.global_step >= self.state.max_steps or self.progress.is_exhausted
         self.checkpoints.commit(folder, self.state.global_step, finished=last)
 
+    optimizer: Any
     progress: Progress
     checkpoints: Checkpoints
     group_by_length: bool = False
@@ -151,19 +149,6 @@ class ByLength(LengthGroupedSampler):  # type: ignore[misc]
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self._seed + epoch)
-
-
-def optimizer_of(wanted: str, device: str) -> str:
-    """transformers' name of the optimizer, made to launch as little as it can on a GPU.
-
-    bitsandbytes waits for the GPU after each tensor, and LoRA has hundreds: tens of milliseconds a
-    step. All of it is on one stream, so only what is paged has something to wait for.
-    """
-    if device == "cuda" and wanted == "adamw":
-        return "adamw_torch_fused"
-    if device == "cuda" and not wanted.startswith("paged"):
-        bitsandbytes.optim.optimizer.sync_gpu = lambda tensor: None
-    return OPTIMIZERS[wanted]
 
 
 def arguments_of(train: Train, folder: Path, rows: int, evaluates: bool, device: str) -> Any:
