@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from jobs.export.gguf_header import add_no_bos, read_header
 from jobs.export.llama import client
 from jobs.export.sentencepiece_files import settle_sentencepiece, shown_name
 from jobs.observe.events import Observer
@@ -135,7 +136,7 @@ class _Making:
             shown = shown_name(self.name, folder)
             client.convert(self.tools, folder, self.whole, precision, self.log, shown)
         if not begins:
-            client.add_no_bos(self.tools, self.whole, self.log)
+            add_no_bos(self.whole)
 
     def _quantize(self, kind: str, result: dict[str, Any]) -> None:
         target = self.out / file_name(self.name, kind)
@@ -234,7 +235,7 @@ def make_adapter_gguf(base: Path, adapter: Path, target: Path, tools: Path, log:
             (folder / weights).symlink_to((adapter / weights).resolve())
         (folder / "adapter_config.json").write_text(json.dumps(config), "utf-8")
         client.convert_adapter(tools, base, folder, target, log)
-    return client.count_tensors(tools, target, log)
+    return len(read_header(target).tensors)
 
 
 def _turn(base: Path, source: Path, target: Path) -> None:

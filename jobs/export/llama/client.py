@@ -128,16 +128,6 @@ def split(tools: Path, source: Path, max_bytes: int, log: Path) -> list[Path]:
     return [source.with_name(name) for name in _ask(tools, request, log)["files"]]
 
 
-def count_tensors(tools: Path, path: Path, log: Path) -> int:
-    return int(_ask(tools, {"do": "count_tensors", "path": str(path)}, log)["tensors"])
-
-
-def add_no_bos(tools: Path, path: Path, log: Path) -> None:
-    """Have a file itself say that no beginning-of-sequence token goes before a text, whatever the
-    tokenizer says."""
-    _ask(tools, {"do": "add_no_bos", "path": str(path)}, log)
-
-
 def tokenize(tools: Path, path: Path, texts: list[str], log: Path) -> list[list[int]]:
     """The texts' tokens as a GGUF file has them, which need not hold any weights."""
     answer = _ask(tools, {"do": "tokenize", "path": str(path), "texts": texts}, log)

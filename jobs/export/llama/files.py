@@ -32,18 +32,6 @@ def split(source: str, target: str, max_bytes: int) -> dict[str, Any]:
     return {"files": [path.name for path in names]}
 
 
-def count_tensors(path: str) -> dict[str, Any]:
-    return {"tensors": len(gguf.GGUFReader(path).tensors)}
-
-
-def add_no_bos(path: str) -> dict[str, Any]:
-    """Have the file itself say that no beginning-of-sequence token goes before a text."""
-    add_bos = gguf.GGUFReader(path, "r+").get_field(gguf.Keys.Tokenizer.ADD_BOS)
-    if add_bos is not None:
-        add_bos.parts[add_bos.data[0]][:] = False
-    return {}
-
-
 def pre_tokenizer(folder: str) -> dict[str, Any]:
     """What the converter's table says of the tokenizer in a folder; None where it does not know it."""
     from conversion.base import TextModel  # type: ignore[import-not-found]

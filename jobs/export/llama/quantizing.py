@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
+from jobs.export.gguf_header import read_header
 from jobs.export.llama.libllama import Model
 
 SUMS, COUNTS = ".in_sum2", ".counts"  # as llama.cpp's own importance matrices name them
@@ -34,15 +36,15 @@ def quantize(
 
 def _fallen(source: str, target: str, block: int) -> dict[str, Any]:
     """The tensors that could not have the type, with the one they have; and how many of each type."""
-    before = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(source).tensors}
+    before = {tensor.name: tensor.type for tensor in read_header(Path(source)).tensors}
     types, fallen = Counter[str](), dict[str, str]()
-    for tensor in gguf.GGUFReader(target).tensors:
-        name = gguf.GGMLQuantizationType(tensor.tensor_type).name
+    for tensor in read_header(Path(target)).tensors:
+        name = gguf.GGMLQuantizationType(tensor.type).name
         types[name] += 1
-        columns = int(tensor.shape[0])
+        columns = tensor.shape[0]
         if len(tensor.shape) < 2 or columns % block == 0 or block == 1:
             continue
-        if tensor.tensor_type != before[tensor.name] or columns % 32:
+        if tensor.type != before[tensor.name] or columns % 32:
             fallen[tensor.name] = name
     return {"types": dict(types), "fallen": fallen}
 
@@ -158,10 +160,9 @@ def imatrix(
     """Send the tokens through the model, a chunk at a time, and write what its weights were multiplied
     with."""
     collector = _Collector()
-    reader = gguf.GGUFReader(model)
-    arch = reader.get_field(gguf.Keys.General.ARCHITECTURE).contents()
-    trained = reader.get_field(gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=arch))
-    length = min(chunk, trained.contents() if trained else chunk)
+    values = read_header(Path(model)).values
+    arch = values[gguf.Keys.General.ARCHITECTURE]
+    length = min(chunk, values.get(gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=arch), chunk))
     chunks = [tokens[start : start + length] for start in range(0, len(tokens), length)]
     llm = Model(model, length, threads, collector.callback)
     collector.sums.clear()  # of the warm-up

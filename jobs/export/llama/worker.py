@@ -26,8 +26,6 @@ def main() -> None:
         "probe": probing.probe,
         "score": probing.score,
         "tokenize": probing.tokenize,
-        "count_tensors": files.count_tensors,
-        "add_no_bos": files.add_no_bos,
         "split": files.split,
         "pre_tokenizer": files.pre_tokenizer,
     }
