@@ -17,6 +17,7 @@ from jobs.errors import LorajobError, ServiceError, VerificationError
 from jobs.observe.answers_table import ANSWERS
 from jobs.observe.events import Observer
 from jobs.observe.watchers import watch
+from jobs.pipeline.ahead import sending_ahead
 from jobs.pipeline.data import data_stage
 from jobs.pipeline.export import (
     adapter_stage,
@@ -113,7 +114,7 @@ def _stages(job: Job, lease: Lease) -> Outcome:
     observer.reached.safe = lambda: _safe(job.stages, checkpoints)
     try:
         trained = train_stage(job, data, checkpoints)
-        contents = _results(job, data, trained)
+        contents = _results(job, data, trained, lease)
     except stop.Stop:
         if not stop.reason():
             left = stop.seconds_left(spec.limits.grace_seconds)
@@ -130,7 +131,7 @@ def _stages_of_given(job: Job, lease: Lease, given: Path) -> Outcome:
     """The same without any training."""
     data = data_stage(job)
     settle_llama_cpp(job)
-    contents = _results(job, data, given_stage(job, data, given))
+    contents = _results(job, data, given_stage(job, data, given), lease)
     _publish(job, lease, contents["files"])
     stop.over()
     return Outcome(contents, str(job.folder / manifest.NAME))
@@ -145,20 +146,24 @@ def _safe(stages: Stages, checkpoints: Checkpoints) -> str | None:
     return f"the output of the stage {done[-1]} in {stages.folder}" if done else None
 
 
-def _results(job: Job, data: Done, trained: Done) -> dict[str, Any]:
+def _results(job: Job, data: Done, trained: Done, lease: Lease) -> dict[str, Any]:
     """What is made of the trained weights, verified; returns the manifest."""
     export = job.spec.export
     done = {"data": data, "train": trained, "adapter": adapter_stage(job, trained)}
-    if export.merged:
-        done["merge"] = merge_stage(job, done["adapter"], trained)
-    if export.needs_llama_cpp:
-        done["gguf"] = gguf_stage(job, done)
-    try:
-        done["verify"] = verify_stage(job, done)
-    except VerificationError:
-        if (job.folder / "report" / ANSWERS).is_file():
-            report(job, done)
-        raise
+    with sending_ahead(job.folder, job.ready.targets, lease) as ahead:
+        ahead.add(done["adapter"])
+        if export.merged:
+            done["merge"] = merge_stage(job, done["adapter"], trained)
+            ahead.add(done["merge"])
+        if export.needs_llama_cpp:
+            done["gguf"] = gguf_stage(job, done)
+            ahead.add(done["gguf"])
+        try:
+            done["verify"] = verify_stage(job, done)
+        except VerificationError:
+            if (job.folder / "report" / ANSWERS).is_file():
+                report(job, done)
+            raise
     report(job, done)
 
     contents = manifest_of(job, done)

@@ -210,7 +210,7 @@ class Data(Section):
     """What is trained: every assistant turn with its end-of-turn token, only the last, or all."""
     too_long: Literal["drop", "truncate", "fail"] = "drop"
     """What becomes of a conversation longer than `model.max_seq_length`: left out; cut after its
-    last whole answer that fits; or the run ends. An answer is never cut."""
+    last whole answer that fits; or the run ends. An answer is never cut, a plain text is."""
     skip_bad_rows: Annotated[Float, Field(ge=0, lt=1)] = 0.0
     """The share of rows that may be unusable and are left out; more of them end the run. With 0
     every unusable row does."""

@@ -102,6 +102,11 @@ PROJECTIONS = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
         ({"target": ["q_proj", "self_attn"]}, ["lora.target", "no module self_attn", PROJECTIONS]),
         ({"target": ["proj"]}, ["lora.target", "no module proj"]),
         (
+            {"target": ["q_proj", "input_layernorm"]},
+            ["lora.target", "input_layernorm has no matrix", "lora.modules_to_save", PROJECTIONS],
+        ),
+        ({"target": ["lm_head"]}, ["lora.target", "the output head", "lora.modules_to_save"]),
+        (
             {"modules_to_save": ["embed_token"]},
             ["lora.modules_to_save", "did you mean embed_tokens"],
         ),
@@ -121,7 +126,7 @@ def test_a_module_that_the_base_lacks_is_named_with_those_it_has(
         {},
         {"target": ["q_proj", "down_proj"]},
         {"target": ["self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
-        {"target": ["lm_head"], "modules_to_save": ["embed_tokens", "norm"]},
+        {"target": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head", "norm"]},
         {"modules_to_save": ["lm_head", "mlp", "model.norm"]},
     ],
 )

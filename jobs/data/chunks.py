@@ -79,15 +79,11 @@ class Labeller:
                 continue
             row, edges = labelled.input_ids, labelled.spans
             if len(row) > limit:
-                # Never cut through an answer: it would lose its end-of-turn token.
-                ends = [end for end in edges[1::2] if end <= limit]
-                if conversation.text is not None and self._recipe.cut_texts:
-                    row, edges = row[:limit], [edges[0], limit]
-                elif self._recipe.too_long != "truncate" or not ends:
+                found = labelled.cut(limit) if self._cuts(conversation) else None
+                if found is None:
                     too_long.append(index)
                     continue
-                else:
-                    row, edges = row[: ends[-1]], edges[: 2 * len(ends)]
+                row, edges = found
                 cut += 1
             ids += row
             lengths.append(len(row))
@@ -109,6 +105,10 @@ class Labeller:
             if keep
             else [],
         )
+
+    def _cuts(self, conversation: Conversation) -> bool:
+        is_text = conversation.text is not None
+        return self._recipe.too_long == "truncate" or (is_text and self._recipe.cut_texts)
 
 
 def _place(conversation: Conversation, seed: int) -> float:

@@ -33,6 +33,21 @@ class Labelled:
     text: str
     input_ids: list[int]
     turns: list[Turn]  # only those that are trained
+    ends: list[int] | None
+    """Where the trained answers end, in tokens: it can be cut there. None for a plain text, which
+    can be cut anywhere."""
+
+    def cut(self, limit: int) -> tuple[list[int], list[int]] | None:
+        """Tokens and spans of its beginning, `limit` tokens at most. Never through an answer, which
+        would lose its end-of-turn token; None where no whole one fits."""
+        at = limit if self.ends is None else max((e for e in self.ends if e <= limit), default=0)
+        spans = [
+            min(edge, at)
+            for turn in self.turns
+            if turn.start < at
+            for edge in (turn.start, turn.end)
+        ]
+        return (self.input_ids[:at], spans) if spans else None
 
     @property
     def spans(self) -> list[int]:
@@ -73,9 +88,10 @@ def label(tokenizer: ChatTokenizer, conversation: Conversation, loss_on: str) ->
     bos = tokenizer.bos_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise BadRow("the chat template and the text both write the beginning-of-sequence token")
+    ends = [turn.end for turn in turns]
     if loss_on == "all":
         turns = [Turn(0, len(ids), text)]
-    return Labelled(text, ids, turns)
+    return Labelled(text, ids, turns, ends)
 
 
 def _plain(tokenizer: ChatTokenizer, text: str) -> Labelled:
@@ -84,7 +100,7 @@ def _plain(tokenizer: ChatTokenizer, text: str) -> Labelled:
     start = 1 if tokenizer.bos_id is not None and ids[:1] == [tokenizer.bos_id] else 0
     if not ids or ids[-1] not in tokenizer.stop_ids:
         ids.append(tokenizer.eos_id)
-    return Labelled(text, ids, [Turn(start, len(ids), text)])
+    return Labelled(text, ids, [Turn(start, len(ids), text)], None)
 
 
 def _tokens(

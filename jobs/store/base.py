@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from jobs.store.hashing import FileEntry
@@ -57,6 +58,16 @@ class Store(Protocol):
 
     def read_json(self, key: str) -> Any:
         """What a JSON file there says, or None where there is none or it is no JSON."""
+
+    def send_ahead(self, folder: Path, files: Sequence[FileEntry], stopped: Event) -> None:
+        """Send the bytes of large files from below `folder`, so that `replace` finds them there.
+
+        Nobody sees anything of it before that. Ends soon where it is `stopped`; what has arrived by
+        then counts all the same.
+        """
+
+    def forget_ahead(self) -> None:
+        """Give back what was sent ahead and will not be part of any `replace`."""
 
     def replace(
         self, folder: Path, files: Sequence[FileEntry], stale: set[str], last: str, advance: Advance

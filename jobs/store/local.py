@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
+from threading import Event
 from typing import Any
 
 from jobs.errors import AccessError, DoesNotFitError
@@ -83,6 +84,12 @@ class LocalStore:
             return json.loads(self._path(key).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
+
+    def send_ahead(self, folder: Path, files: Sequence[FileEntry], stopped: Event) -> None:
+        pass  # a disk to another is fast enough, and has no place that nobody sees
+
+    def forget_ahead(self) -> None:
+        pass
 
     def replace(
         self, folder: Path, files: Sequence[FileEntry], stale: set[str], last: str, advance: Advance

@@ -25,10 +25,11 @@ from trl import SFTConfig, SFTTrainer
 
 from jobs.data.conversation import BadRow
 from jobs.data.tokenizer import ChatTokenizer
-from jobs.errors import AccessError, SpecError
+from jobs.errors import AccessError
 from jobs.spec import Model, Spec
 from jobs.train import attention, lora
 from jobs.train.batches import FlatBatch
+from jobs.train.modules import head_refused
 from jobs.train.runtime import compute_dtype
 
 LoadIn = Literal["4bit", "8bit", "16bit"]
@@ -146,11 +147,7 @@ def add_lora(model: PreTrainedModel, spec: Spec, base: Path) -> PeftModel:
         raise lora.wrong_option(error) from None
     assert isinstance(peft_model, PeftModel)
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        # TRL computes the loss from the head's own weight, without ever holding all logits.
-        raise SpecError(
-            "lora.target: the output head takes no LoRA",
-            "leave it out, or name it in lora.modules_to_save, to train it whole",
-        )
+        raise head_refused()
     if spec.lora.loftq:
         lora.start_with_loftq(peft_model, base, spec.train.seed)
     # The folder, not its name on the Hub: peft would ask there at every checkpoint.

@@ -117,6 +117,11 @@ def linear_names(model: Any) -> list[str]:
 def add_lora(model: Any, spec: Spec, base: Path) -> Any:
     """Freeze the model and put trainable LoRA matrices on its linear layers."""
     target = spec.lora.target
+    if target != "all-linear" and any(name.endswith("embed_tokens") for name in target):
+        raise SpecError(
+            "lora.target: unsloth trains embed_tokens whole, not with LoRA",
+            "name it in lora.modules_to_save instead, or set train.engine to transformers",
+        )
     try:
         tuned = FastLanguageModel.get_peft_model(
             model,

@@ -15,6 +15,8 @@ from jobs.errors import SpecError
 from jobs.spec import Lora
 from jobs.train.modules import require_modules
 
+WITH_A_MATRIX = (torch.nn.Linear, torch.nn.Embedding, Conv1D)
+
 
 def options(lora: Lora, model: Any) -> dict[str, Any]:
     """The arguments of peft's LoraConfig, all but the targets.
@@ -22,9 +24,7 @@ def options(lora: Lora, model: Any) -> dict[str, Any]:
     Raises SpecError where the model has no such module: peft says nothing, or not which there are.
     """
     modules = dict(model.named_modules())
-    matrices = [
-        name for name, each in modules.items() if isinstance(each, torch.nn.Linear | Conv1D)
-    ]
+    matrices = [name for name, each in modules.items() if isinstance(each, WITH_A_MATRIX)]
     require_modules(lora, modules, matrices)
     embeddings = {"embed_tokens", "lm_head"} & {m.rpartition(".")[2] for m in lora.modules_to_save}
     return {

@@ -32,20 +32,27 @@ def require_modules_of_weights(lora: Lora, base: BaseModel) -> None:
             for name, dimensions in names.items()
             if name.endswith(".weight") and dimensions in (2, None)
         }
-        require_modules(lora, {*modules, HEAD}, matrices)
+        require_modules(lora, {*modules, HEAD}, {*matrices, HEAD})
 
 
 def require_modules(lora: Lora, modules: Collection[str], matrices: Collection[str]) -> None:
     """Raises SpecError where the spec names a module that is not among the `modules`, by their whole
-    paths. `matrices` are those that have one: of these, the layers' are what can be a target."""
+    paths, or as a target one without a matrix. `matrices` are those that have one."""
     if lora.target != "all-linear":
         linear = {_last(path) for path in matrices if _in_a_layer(path)}
         for wanted in lora.target:
+            if _last(wanted) == HEAD:
+                raise head_refused()
             if not any(_is_named(path, wanted) for path in modules):
                 raise SpecError(
                     f"lora.target: the base model has no module {wanted}",
                     _hint(wanted, linear or {_last(path) for path in modules})
                     + ", or take all-linear",
+                )
+            if not any(_is_named(path, wanted) for path in matrices):
+                raise SpecError(
+                    f"lora.target: {wanted} has no matrix of its own for LoRA to add to",
+                    f"train it whole with lora.modules_to_save, or {_hint(wanted, linear)}",
                 )
     # What is trained whole may be a block of several, too.
     blocks = {path.rsplit(".", n)[0] for path in modules for n in range(path.count(".") + 1)}
@@ -57,6 +64,14 @@ def require_modules(lora: Lora, modules: Collection[str], matrices: Collection[s
                 f"lora.modules_to_save: the base model has no module {wanted}",
                 f"{hint}Its embeddings, head and norms are usual: embed_tokens, lm_head, norm",
             )
+
+
+def head_refused() -> SpecError:
+    """The loss is computed from the head's own weight, without ever holding all logits."""
+    return SpecError(
+        "lora.target: the output head takes no LoRA",
+        "leave it out, or name it in lora.modules_to_save, to train it whole",
+    )
 
 
 def _is_named(path: str, wanted: str) -> bool:

@@ -100,6 +100,31 @@ def test_truncate_never_cuts_an_answer(tmp_path: Path) -> None:
     assert (summary["truncated"], summary["dropped_too_long"], summary["train_rows"]) == (0, 1, 1)
 
 
+def test_truncate_cuts_after_an_answer_where_every_token_is_trained(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    source = two_turns(tmp_path / "a.jsonl", "two " * 100)
+    summary = run(tmp_path, source, too_long="truncate", loss_on="all")
+    assert (summary["truncated"], summary["dropped_too_long"]) == (1, 0)
+    (text,) = texts(tmp_path, tokenizer)
+    assert text.endswith("<|im_start|>assistant\nOne.<|im_end|>")
+    assert summary["trained_tokens"] == summary["train_tokens"]
+
+
+def test_truncate_cuts_a_plain_text_where_it_gets_too_long(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    (tmp_path / "notes.txt").write_text("One.\n" + "two " * 100)
+    summary = run(tmp_path, str(tmp_path / "notes.txt"), too_long="truncate")
+    assert (summary["truncated"], summary["dropped_too_long"]) == (1, 0)
+    short, long = texts(tmp_path, tokenizer)
+    assert short.startswith("One.")
+    assert ("two " * 100).startswith(long)
+    assert summary["longest"] == 64
+    # With drop, which is the default, nothing is cut.
+    assert run(tmp_path, str(tmp_path / "notes.txt"))["dropped_too_long"] == 1
+
+
 def test_fail_names_the_row_that_is_too_long(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", ["One.", "two " * 100])
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: .* longer than"):

@@ -40,6 +40,11 @@ def test_a_gpu_merges_as_a_cpu_does(
     for name, tensor in on_gpu.items():
         if "quant_state" in name:
             continue
+        if name.endswith("absmax") and tensor.dtype == torch.uint8:
+            # Codes of 8 bits, which bitsandbytes rounds otherwise on a GPU where two are near.
+            apart = (tensor.int() - on_cpu[name].int()).abs()
+            assert int(apart.max()) <= 1, name
+            continue
         # A weight halfway between two 4-bit values may go to either.
         same = (tensor.float() - on_cpu[name].float()).abs() <= 2**-7 * on_cpu[name].float().abs()
         assert same.float().mean() > 0.99, name

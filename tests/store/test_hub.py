@@ -14,6 +14,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -677,6 +678,33 @@ def test_a_small_file_that_somebody_changed_is_mended(hub: Hub, tmp_path: Path) 
     other = {"report/answers.txt": hub.keep(b"HELLO\n", lfs=False)}  # of the same size
     hub.commit(repo, "main", {**repo.commit("main").files, **other}, "mine", "", "ada")
     assert send(tmp_path / "run", files, target()) == {"sent": 1, "kept": len(RUN) - 1}
+    require_complete(hub, "acme/bot")
+
+
+def test_large_files_go_ahead_unseen_and_are_not_sent_again(hub: Hub, tmp_path: Path) -> None:
+    files = make_run(tmp_path, {**RUN, **MERGED})
+    store = target(gguf="acme/bot-gguf")
+    store.prove_writable(keep=True)
+    store.send_ahead(tmp_path, files, Event())
+    large = {file["path"]: file["size"] for file in files if file["size"] > 2**20}
+    assert sorted(large) == ["gguf/bot-Q8_0.gguf", "merged/model.safetensors"]
+    assert sent_bytes(hub) == sum(large.values())
+    assert store.entries() == []
+    send(tmp_path, files, store)
+    small = sum(f["size"] for f in files if f["path"].endswith("adapter_model.safetensors"))
+    assert sent_bytes(hub) == sum(large.values()) + small
+    require_complete(hub, "acme/bot")
+    store.send_ahead(tmp_path, files, Event())  # all is there
+    assert sent_bytes(hub) == sum(large.values()) + small
+
+
+def test_what_is_stopped_ahead_is_sent_by_publishing(hub: Hub, tmp_path: Path) -> None:
+    files = make_run(tmp_path, {**RUN, **MERGED})
+    store, stopped = target(), Event()
+    store.prove_writable(keep=True)
+    stopped.set()
+    store.send_ahead(tmp_path, files, stopped)
+    send(tmp_path, files, store)
     require_complete(hub, "acme/bot")
 
 

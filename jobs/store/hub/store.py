@@ -13,14 +13,14 @@ from typing import Any
 
 from jobs.errors import AccessError
 from jobs.spec import HubTarget
-from jobs.store.base import Advance, Entry
+from jobs.store.base import Advance, Entry, no_advance
 from jobs.store.hashing import FileEntry
 from jobs.store.hub.client import is_offline
 from jobs.store.hub.layout import Part, keys_of, layout, part_manifest, run_manifest
-from jobs.store.hub.publish import Publication, as_json
+from jobs.store.hub.publish import LARGE, Publication, as_json
 from jobs.store.hub.repository import Repository, Tree
 from jobs.store.hub.snapshot import Snapshot
-from jobs.store.hub.transfer import Bar, Meter, run_all
+from jobs.store.hub.transfer import Addition, Bar, Meter, run_all
 from jobs.store.local import PARTIAL, disk_error
 from jobs.store.manifest import NAME
 from jobs.store.places import HubPlace
@@ -211,6 +211,30 @@ class HubStore:
             for path in (path for path, named in keys.items() if named == key):
                 return repository.read_json(path)
         return None
+
+    def send_ahead(self, folder: Path, files: Sequence[FileEntry], stopped: Event) -> None:
+        """As large files that no commit names yet: the Hub finds them by their sha256 when one does."""
+        entry_of = {file["path"]: file for file in files}
+        for part, paths in layout(entry_of, self._repositories).items():
+            repository = self._repositories[part]
+            tree = repository.look()
+            there = {b.sha256 for b in tree.files.values()} if isinstance(tree, Tree) else set()
+            for path, key in paths.items():
+                file = entry_of[key]
+                if file["size"] < LARGE or file["sha256"] in there or not isinstance(tree, Tree):
+                    continue
+                addition = Addition(path, folder / key, file, Meter(0, no_advance))
+                addition.stop = stopped
+                what = f"sending {path} ahead to"
+                try:
+                    repository.call(what, partial(repository.upload, [addition]))
+                except Exception:
+                    if not stopped.is_set():
+                        raise
+                    return  # the client wraps what ends its reading in errors of its own
+
+    def forget_ahead(self) -> None:
+        pass  # what no commit names, the Hub removes by itself
 
     def replace(
         self, folder: Path, files: Sequence[FileEntry], stale: set[str], last: str, advance: Advance

@@ -7,11 +7,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from jobs.errors import AccessError
 from jobs.spec import S3, S3Options
-from jobs.store.base import Advance, Entry
+from jobs.store.base import Advance, Entry, no_advance
 from jobs.store.hashing import FileEntry, sha256_of
 from jobs.store.pieces import Pace, Step, run_steps
 from jobs.store.places import S3Place
@@ -19,6 +20,8 @@ from jobs.store.retry import Retries
 from jobs.store.s3.client import THREADS, Client, code_of
 from jobs.store.s3.download import Download
 from jobs.store.s3.upload import SHA256, Upload, part_size
+
+THREADS_AHEAD = 4  # parts at a time, while the processors make the next files
 
 
 class S3Store:
@@ -31,6 +34,7 @@ class S3Store:
         )
         self.retries = retries
         self.client = Client(place.bucket, self.options)
+        self._ahead: dict[str, Upload] = {}  # by key
 
     # --- reading
 
@@ -162,18 +166,39 @@ class S3Store:
         def steps() -> Iterator[Step]:
             for file in sorted(files, key=lambda file: -file["size"]):
                 key = self.prefix + prefix + file["path"]
-                upload = Upload(
-                    self.client,
-                    self.retries,
-                    key,
-                    folder / file["path"],
-                    file,
-                    self.extra(),
-                    advance,
-                )
+                ahead = self._ahead.pop(key, None)
+                if ahead and ahead.sha256 == file["sha256"]:
+                    upload, upload.advance = ahead, advance
+                else:
+                    upload = self._upload(key, folder, file, advance)
                 yield from upload.steps()
 
         run_steps(steps(), threads)
+
+    def send_ahead(self, folder: Path, files: Sequence[FileEntry], stopped: Event) -> None:
+        """As uploads in parts that are not completed: S3 shows nothing of them."""
+        there = self.held(files)
+
+        def steps() -> Iterator[Step]:
+            for file in files:
+                if file["path"] in there:
+                    continue
+                key = self.prefix + file["path"]
+                self._ahead[key] = upload = self._upload(key, folder, file, no_advance)
+                for step in upload.steps_ahead():
+                    if stopped.is_set():
+                        return
+                    yield step
+
+        run_steps(steps(), THREADS_AHEAD)
+
+    def forget_ahead(self) -> None:
+        while self._ahead:
+            self._ahead.popitem()[1].forget()
+
+    def _upload(self, key: str, folder: Path, file: FileEntry, advance: Advance) -> Upload:
+        path = folder / file["path"]
+        return Upload(self.client, self.retries, key, path, file, self.extra(), advance)
 
     def delete(self, keys: set[str]) -> None:
         """Remove keys; one that is not there is no error."""

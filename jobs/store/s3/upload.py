@@ -40,7 +40,10 @@ def part_size(size: int) -> int:
 
 
 class Upload:
-    """Sends one file. `steps` may run on several threads; the last to end makes it visible."""
+    """Sends one file. `steps` may run on several threads; the last to end makes it visible.
+
+    With `steps_ahead` its parts go before that, and `steps` is left with those that are missing.
+    """
 
     def __init__(
         self,
@@ -64,16 +67,35 @@ class Upload:
         self._left = 0
         self._continued = False
 
+    @property
+    def has_parts(self) -> bool:
+        return self.size > PART
+
     def steps(self) -> Iterator[Step]:
-        if self.size <= PART:
+        if not self.has_parts:
             yield self._put_whole
             return
-        numbers = self._begin()
+        if self._id:  # some were sent ahead
+            for number in self._parts:
+                self.advance(self._range(number)[1])
+            numbers = [number for number in self._numbers() if number not in self._parts]
+        else:
+            numbers = self._begin()
         self._left = len(numbers)
         if not numbers:
             yield self._finish
         for number in numbers:
+            yield partial(self._put_next, number)
+
+    def steps_ahead(self) -> Iterator[Step]:
+        """To send the parts, and no more; a file in one piece has none."""
+        for number in self._begin() if self.has_parts else ():
             yield partial(self._put_part, number)
+
+    def forget(self) -> None:
+        """Give back the parts that were sent ahead."""
+        if self._id:
+            self._abort(self._id)
 
     def _call(self, method: str, **arguments: Any) -> Any:
         return self.retries.call(
@@ -134,18 +156,20 @@ class Upload:
 
     def _begin(self) -> list[int]:
         """The parts that are still to be sent; finds an upload that broke off, or begins one."""
-        count = -(-self.size // part_size(self.size))
         for upload_id in self._begun():
             parts = self._arrived(upload_id)
             if parts:
                 self._id, self._parts, self._continued = upload_id, parts, True
                 for number in parts:
                     self.advance(self._range(number)[1])
-                return [number for number in range(1, count + 1) if number not in parts]
+                return [number for number in self._numbers() if number not in parts]
             # Of another file; or empty, and then nothing tells of which file it is.
             self._abort(upload_id)
         self._create()
-        return list(range(1, count + 1))
+        return list(self._numbers())
+
+    def _numbers(self) -> range:
+        return range(1, -(-self.size // part_size(self.size)) + 1)
 
     def _create(self) -> None:
         # Every part goes the quicker way then, also the first ones.
@@ -227,6 +251,10 @@ class Upload:
         self.advance(length)
         with self._lock:
             self._parts[number] = self._named(number, etag, data)
+
+    def _put_next(self, number: int) -> None:
+        self._put_part(number)
+        with self._lock:
             self._left -= 1
             last = not self._left
         if last:
@@ -271,10 +299,9 @@ class Upload:
         """
         self._create()
         self._continued, self._parts, self.advance = False, {}, no_advance
-        numbers = range(1, -(-self.size // part_size(self.size)) + 1)
-        self._left = len(numbers)
-        for number in numbers:
+        for number in self._numbers():
             self._put_part(number)
+        self._finish()
 
     def _is_there(self) -> bool:
         try:
