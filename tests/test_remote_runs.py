@@ -130,6 +130,29 @@ def test_from_a_bucket_to_a_bucket(moto: S3Server, bucket: str, tmp_path: Path) 
     assert "never fetched" not in [p.name for p in (tmp_path / "cache").rglob("*.bin")]
 
 
+def test_what_went_ahead_of_a_run_that_is_found_wrong_is_given_back(
+    moto: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    file = spec(
+        tmp_path / "spec.yaml", str(BASE), {"train": f"s3://{bucket}/data/chats.jsonl"},
+        [f"s3://{bucket}/out"], export={"gguf": ["f32"]},
+        verify={"prompts": [{"ask": "What is 1?", "expect": "Nobody says this."}], "max_new_tokens": 24},
+    )  # fmt: skip
+    with running_proxy(moto.endpoint, rate=0) as proxy:
+        env = {**moto.environment(), "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+        done = go("run", file, tmp_path / "work", tmp_path / "cache", **env)
+        assert done.code == 6, done.err
+        ahead = [r.target for r in proxy.log if r.method == "PUT" and "partNumber" in r.target]
+    assert [target.partition("?")[0] for target in ahead] == [
+        f"/{bucket}/out/gguf/remote-F32.gguf"
+    ] * 2
+    client = moto.client()
+    assert not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    there = client.list_objects_v2(Bucket=bucket, Prefix="out/").get("Contents", [])
+    keys = [entry["Key"].removeprefix("out/") for entry in there]
+    assert [key for key in keys if not key.startswith(("checkpoints/", "lease"))] == []
+
+
 def test_a_bad_row_in_a_bucket_is_named_as_people_know_it(
     moto: S3Server,
     bucket: str,
