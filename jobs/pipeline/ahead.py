@@ -26,6 +26,7 @@ class Ahead:
     def __init__(self, folder: Path, stores: Sequence[Store], lease: Lease) -> None:
         self._folder, self._lease, self._stores = folder, lease, stores
         self._stopped = Event()
+        self._files: list[FileEntry] = []
         self._queues = [SimpleQueue[list[FileEntry] | None]() for _ in stores]
         self._threads = [
             Thread(target=self._send, args=each, name="ahead", daemon=True)
@@ -35,10 +36,13 @@ class Ahead:
             thread.start()
 
     def add(self, done: Done) -> None:
-        """Send the files of a stage. One that was done by an earlier start was sent by that."""
+        """Send the files of a stage, and those of earlier ones that another start had done. Where
+        nothing is left to be made publishing comes at once, and nothing goes ahead."""
+        self._files += done.files
         if not done.skipped:
             for queue in self._queues:
-                queue.put(done.files)
+                queue.put(self._files)
+            self._files = []
 
     def stop(self) -> None:
         """Begin nothing more; what is under way ends soon."""
