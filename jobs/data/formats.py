@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.data.conversation import BadRow, Conversation, Message
 from jobs.data.turns import CALL, read_turns, role_of
-from jobs.data.values import as_list, check_characters, check_json, from_json
+from jobs.data.values import as_list, check_characters, check_json, from_json, kind_of
 from jobs.spec import RecordFormat
 
 _CHAT_FIELDS = ("system", "tools", "functions")
@@ -113,7 +113,7 @@ def _renamed(record: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     if isinstance(record, BadRow):  # there is no record
         raise record
     if not isinstance(record, dict):
-        raise BadRow(f"is a {type(record).__name__}, not an object")
+        raise BadRow(f"is {kind_of(record)}, not an object")
     if not columns:
         return record
     taken = {*columns, *columns.values()}
@@ -154,7 +154,7 @@ def _text(fields: dict[str, Any], field: str) -> str:
     if text is None:
         raise _missing(fields, field)
     if not isinstance(text, str):
-        raise BadRow(f"its `{field}` is a {type(text).__name__}, not a text")
+        raise BadRow(f"its `{field}` is {kind_of(text)}, not a text")
     try:
         check_characters(text)
     except BadRow as reason:

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from jobs.data.conversation import BadRow
 from jobs.data.files import DataFile, endings, source_files
+from jobs.data.values import kind_of
 from jobs.errors import AccessError, DataError
 from jobs.spec import Source
 
@@ -356,7 +357,7 @@ class _Json:
         if following:
             return self.error(self.position, "Extra data")
         if not isinstance(value, dict):
-            return DataError(f"{self.name} holds a {type(value).__name__}, no JSON array", hint)
+            return DataError(f"{self.name} holds {kind_of(value)}, not a JSON array", hint)
         fields = ", ".join(f"`{field}`" for field in islice(value, 8)) or "nothing"
         return DataError(
             f"{self.name} holds no JSON array but one object, with {fields} in it", hint

@@ -6,7 +6,7 @@ import reprlib
 from typing import Any
 
 from jobs.data.conversation import BadRow, Message
-from jobs.data.values import as_list, check_characters, check_json, from_json
+from jobs.data.values import as_list, check_characters, check_json, from_json, kind_of
 
 CALL = "call"  # a turn that is nothing but tool calls
 _ROLES = {
@@ -76,7 +76,7 @@ def role_of(turn: dict[str, Any]) -> str | None:
 def _message(turn: Any) -> tuple[str, Message]:
     """A turn's role (or CALL) and message. The reasons of BadRow go on after "turn 7"."""
     if not isinstance(turn, dict):
-        raise BadRow(f"is a {type(turn).__name__}, not an object")
+        raise BadRow(f"is {kind_of(turn)}, not an object")
     role = role_of(turn)
     if role is None:
         name = turn.get("from") if turn.get("role") is None else turn["role"]
@@ -93,7 +93,7 @@ def _message(turn: Any) -> tuple[str, Message]:
     for field in _REASONING_FIELDS:
         value = turn.get(field)
         if not (value is None or isinstance(value, str)):
-            raise BadRow(f"has a {type(value).__name__} in `{field}`, not a text")
+            raise BadRow(f"has {kind_of(value)} in `{field}`, not a text")
         if value:
             check_characters(value)
             thoughts.add(value)
@@ -116,7 +116,7 @@ def _message(turn: Any) -> tuple[str, Message]:
             value = turn.get(field)
             if value is not None:
                 if not isinstance(value, str):
-                    raise BadRow(f"has a {type(value).__name__} in `{field}`, not a text")
+                    raise BadRow(f"has {kind_of(value)} in `{field}`, not a text")
                 check_characters(value)
                 message[field] = value
     return role, message
@@ -147,7 +147,7 @@ def _content(role: str, content: Any) -> tuple[str | None, str, list[dict[str, A
     calls = []
     for part in content:
         if not isinstance(part, dict):
-            raise BadRow(f"has a part that is a {type(part).__name__}, not an object")
+            raise BadRow(f"has a part that is {kind_of(part)}, not an object")
         kind = part.get("type")
         value = part.get("value")
         match kind:
@@ -189,7 +189,7 @@ def _call(call: Any) -> dict[str, Any]:
         arguments = {}
     arguments = from_json(arguments, "has arguments that are")
     if not isinstance(arguments, dict):
-        raise BadRow(f"has a {type(arguments).__name__} for its arguments, not an object")
+        raise BadRow(f"has {kind_of(arguments)} for its arguments, not an object")
     checked: dict[str, Any] = {
         "type": "function", "function": {"name": name, "arguments": arguments},
     }  # fmt: skip

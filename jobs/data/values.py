@@ -7,6 +7,16 @@ from typing import Any
 
 from jobs.data.conversation import BadRow
 
+_KINDS = {
+    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number",
+    float: "a number", type(None): "null",
+}  # fmt: skip
+
+
+def kind_of(value: Any) -> str:
+    """What a value is in JSON's terms, with its article; a type that JSON lacks by Python's name."""
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
 
 def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]

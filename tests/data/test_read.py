@@ -209,7 +209,7 @@ TABLE = b"q,a\n1,2\n"
         ("a.json", b"[]", "empty array"),
         ("a.json", b'{"a": 1, "b": [2]}', "no JSON array but one object, with `a`, `b` in it"),
         ("a.json", b'{"a": 1}\n{"a": 2}\n', "one object after another"),
-        ("a.json", b'"text"', "holds a str, no JSON array"),
+        ("a.json", b'"text"', "holds a text, not a JSON array"),
         ("a.json", b'{"a": ', "line 1, column 7: no valid JSON: Expecting value"),
         ("a.json", b"hello", "line 1, column 1: no valid JSON"),
         ("a.json", b'{"a": [' + b"1, " * 500_000, "holds no JSON array"),
