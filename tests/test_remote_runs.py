@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from jobs.cli import _ending
 from jobs.observe.events import Observer
 from jobs.run import Outcome, _publish
 from jobs.spec import Spec
+from jobs.store.cache import cache_folder
 from jobs.store.hashing import file_entries, sha256_of
 from jobs.store.lease import Lease
 from jobs.store.local import LocalStore
@@ -52,10 +52,9 @@ def spec(path: Path, base: str, data: Any, publish: list[Any], **more: Any) -> P
 
 
 def go(command: str, spec: Path, work: Path, cache: Path, **env: str) -> Result:
-    tools = os.environ.get("LORAJOB_CACHE")
     cache.mkdir(exist_ok=True)
-    if tools and not (cache / "llama.cpp").exists():
-        (cache / "llama.cpp").symlink_to(Path(tools) / "llama.cpp")
+    if not (cache / "llama.cpp").exists():  # or it would be built anew
+        (cache / "llama.cpp").symlink_to(cache_folder() / "llama.cpp")
     env["LORAJOB_CACHE"] = str(cache)
     return lorajob(command, str(spec), "--work", str(work), cwd=ROOT, stdin="", **env)
 

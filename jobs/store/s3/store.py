@@ -179,6 +179,10 @@ class S3Store:
         """As uploads in parts that are not completed: S3 shows nothing of them."""
         there = self.held(files)
 
+        def unless_stopped(step: Step) -> None:
+            if not stopped.is_set():
+                step()
+
         def steps() -> Iterator[Step]:
             for file in files:
                 if file["path"] in there:
@@ -188,7 +192,7 @@ class S3Store:
                 for step in upload.steps_ahead():
                     if stopped.is_set():
                         return
-                    yield step
+                    yield partial(unless_stopped, step)
 
         run_steps(steps(), THREADS_AHEAD)
 
