@@ -124,6 +124,13 @@ def test_what_is_there_already_is_not_sent_ahead(bucket: str, tmp_path: Path) ->
 # --- beside the stages of a run
 
 
+@pytest.fixture
+def at_moto(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    for name, value in moto.environment().items():
+        monkeypatch.setenv(name, value)
+    return moto
+
+
 def done(folder: Path, name: str, skipped: bool = False) -> Done:
     files = [file for file in file_entries(folder) if file["path"].startswith(name)]
     return Done("key", files, {}, 0.0, skipped)
@@ -137,12 +144,10 @@ def wait_until(found: object) -> None:
 
 
 def test_stages_go_to_every_target_while_others_are_made(
-    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_moto: S3Server, tmp_path: Path
 ) -> None:  # fmt: skip
-    for name, value in moto.environment().items():
-        monkeypatch.setenv(name, value)
     files = make_run(tmp_path / "run", merged__a=2 * PART, gguf__b=2 * PART, old__c=2 * PART)
-    names = moto.new_bucket(), moto.new_bucket()
+    names = at_moto.new_bucket(), at_moto.new_bucket()
     places = [store(name) for name in names]
     stores: list[Store] = [*places, LocalStore(tmp_path / "out")]
     with sending_ahead(tmp_path / "run", stores, Lease()) as ahead:
@@ -166,12 +171,10 @@ def test_stages_go_to_every_target_while_others_are_made(
     ("error", "left"), [(VerificationError("it babbles"), 0), (DoesNotFitError("disk full"), 1)]
 )
 def test_of_a_run_that_fails_nothing_is_seen_and_of_a_wrong_one_nothing_stays(
-    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, left: int
+    at_moto: S3Server, tmp_path: Path, error: Exception, left: int
 ) -> None:  # fmt: skip
-    for name, value in moto.environment().items():
-        monkeypatch.setenv(name, value)
     make_run(tmp_path, merged__a=2 * PART)
-    name = moto.new_bucket()
+    name = at_moto.new_bucket()
     place = store(name)
     with (
         pytest.raises(type(error)),
@@ -185,10 +188,8 @@ def test_of_a_run_that_fails_nothing_is_seen_and_of_a_wrong_one_nothing_stays(
 
 
 def test_a_target_that_cannot_be_reached_holds_nothing_up(
-    moto: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_moto: S3Server, tmp_path: Path
 ) -> None:  # fmt: skip
-    for name, value in moto.environment().items():
-        monkeypatch.setenv(name, value)
     files = make_run(tmp_path, merged__a=2 * PART)
     place = store("no-such-bucket-here", retries=Retries(wait=0.01, give_up_after=1))
     with sending_ahead(tmp_path, [place], Lease()) as ahead:

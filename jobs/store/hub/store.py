@@ -218,10 +218,12 @@ class HubStore:
         for part, paths in layout(entry_of, self._repositories).items():
             repository = self._repositories[part]
             tree = repository.look()
-            there = {b.sha256 for b in tree.files.values()} if isinstance(tree, Tree) else set()
+            if not isinstance(tree, Tree):
+                continue
+            there = {blob.sha256 for blob in tree.files.values()}
             for path, key in paths.items():
                 file = entry_of[key]
-                if file["size"] < LARGE or file["sha256"] in there or not isinstance(tree, Tree):
+                if file["size"] < LARGE or file["sha256"] in there:
                     continue
                 addition = Addition(path, folder / key, file, Meter(0, no_advance))
                 addition.stop = stopped

@@ -29,7 +29,7 @@ HEADERS = {
     "StorageClass": "x-amz-storage-class",
 }
 Data = bytes | memoryview
-PART = 12 << 20  # bytes of a part; each of THREADS has one in memory. 8 MiB are 8 % slower
+PART = 12 << 20  # bytes of a part; each of THREADS has one in memory
 MOST_PARTS = 10_000  # S3's limit
 
 
@@ -75,12 +75,7 @@ class Upload:
         if not self.has_parts:
             yield self._put_whole
             return
-        if self._id:  # some were sent ahead
-            for number in self._parts:
-                self.advance(self._range(number)[1])
-            numbers = [number for number in self._numbers() if number not in self._parts]
-        else:
-            numbers = self._begin()
+        numbers = self._begin()
         self._left = len(numbers)
         if not numbers:
             yield self._finish
@@ -156,17 +151,23 @@ class Upload:
 
     def _begin(self) -> list[int]:
         """The parts that are still to be sent; finds an upload that broke off, or begins one."""
+        if self._id:  # they were begun ahead
+            return self._missing()
         for upload_id in self._begun():
             parts = self._arrived(upload_id)
             if parts:
                 self._id, self._parts, self._continued = upload_id, parts, True
-                for number in parts:
-                    self.advance(self._range(number)[1])
-                return [number for number in self._numbers() if number not in parts]
+                return self._missing()
             # Of another file; or empty, and then nothing tells of which file it is.
             self._abort(upload_id)
         self._create()
-        return list(self._numbers())
+        return self._missing()
+
+    def _missing(self) -> list[int]:
+        """The parts that have not arrived; those that have count as done."""
+        for number in self._parts:
+            self.advance(self._range(number)[1])
+        return [number for number in self._numbers() if number not in self._parts]
 
     def _numbers(self) -> range:
         return range(1, -(-self.size // part_size(self.size)) + 1)
