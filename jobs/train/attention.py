@@ -120,31 +120,47 @@ def attend(
     query's; `bounds` is int32 (conversations + 1,), from 0 to tokens; with a `window` a token sees
     so many, itself included. Returns (tokens, heads, width of a value).
     """
+    plain = not softcap and not dropout
+    if plain and flash_takes(query, value) and no_varlen_kernel() is None:
+        return flash(query, key, value, bounds, longest, scale=scale, window=window)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] == value.shape[-1] <= FLASH_HEAD
-        and not softcap
-        and not dropout
-        and no_varlen_kernel() is None
-    ):
-        from torch.nn.attention.varlen import varlen_attn
-
-        back = -1 if window is None else window - 1
-        out = varlen_attn(
-            query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(back, 0)
-        )
-        assert isinstance(out, torch.Tensor)
-        return out
     ends = bounds.tolist()
     parts = []
     for start, end in pairwise(ends):
         q, k, v = (rows[start:end].transpose(0, 1) for rows in (query, key, value))
         parts.append(_one(q, k, v, scale, window, softcap, dropout).transpose(0, 1))
     return torch.cat(parts)
+
+
+def flash_takes(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether flash kernels take such heads, where there are any."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width == value.shape[-1] <= FLASH_HEAD
+        and width % 8 == 0
+    )
+
+
+def flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
+    *, scale: float | None, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """`attend` by the kernel behind `torch.nn.attention.varlen.varlen_attn`.
+
+    The kernel takes fewer heads of keys than of queries as they are. That function of torch 2.11
+    wants them repeated, which costs memory and time, and goes through Python's operators twice a
+    layer, which small steps wait for. Here autograd's own formula is what goes back.
+    """
+    back = -1 if window is None else window - 1
+    out: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, bounds, bounds, longest, longest, 0.0, back < 0, False,
+        scale=scale, window_size_left=back, window_size_right=0,
+    )[0]  # fmt: skip
+    return out
 
 
 def _one(

@@ -18,6 +18,7 @@ from jobs.errors import AccessError, SpecError
 from jobs.spec import Model, Spec
 from jobs.train import attention, lora
 from jobs.train.batches import FlatBatch
+from jobs.train.fused_lora import fuse
 from jobs.train.runtime import compute_dtype
 
 QUANTIZED = (Linear4bit, Linear8bitLt)
@@ -47,10 +48,9 @@ def lay_out(model: Any) -> tuple[FlatBatch, str, str | None]:
 def _use_varlen_kernel(model: Any) -> tuple[str, str | None]:
     """Have laid-out conversations attended to by torch's own variable-length flash kernel.
 
-    unsloth 2026.10 asks for the one of torch 2.12, which takes fewer heads of keys than of queries;
-    with torch 2.11 it launches one kernel for each conversation and layer, which takes half of the
-    time. The kernel is the same here, with keys and values repeated. Returns its name, and why
-    another is taken where it is.
+    unsloth 2026.10 asks for the one of torch 2.12; with torch 2.11 it launches one kernel for each
+    conversation and layer, which takes half of the time. Returns its name, and why another is taken
+    where it is.
     """
     from unsloth.utils import attention_dispatch
 
@@ -136,6 +136,7 @@ def add_lora(model: Any, spec: Spec, base: Path) -> Any:
         lora.start_with_loftq(tuned, base, spec.train.seed)
     # The folder, not its name on the Hub: peft would ask there at every checkpoint.
     tuned.peft_config["default"].base_model_name_or_path = str(base)
+    fuse(tuned)
     return tuned
 
 

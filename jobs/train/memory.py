@@ -95,6 +95,8 @@ def reckon(
     kept = count(shape, spec, tokens, several=tokens > longest)
     layer = kept.layer()
     again = plan.checkpointing
+    # All LoRA matrices once more in 16 bit while a part goes through (`jobs.train.fused_lora`).
+    halves = HALF * trained if kept.fused and not again else 0
     one = HALF * tokens * shape.hidden  # what goes into a layer, which is kept in any case
     activations = shape.layers * layer
     if again:
@@ -108,7 +110,7 @@ def reckon(
     )
     return Estimate(
         weights=int(weights),
-        lora=FULL * trained,
+        lora=FULL * trained + halves,
         optimizer=int(FULL * trained + states),
         activations=int(activations),
         workspace=int(workspace) + kept.unpacked + MATRICES,
@@ -180,9 +182,15 @@ def targets(shape: Shape, spec: Spec) -> list[str]:
 class _Unsloth:
     """Bytes as unsloth's kernels keep them. Each of the tensors is named in the comment beside it."""
 
+    FUSES = True
+
     def __init__(self, shape: Shape, spec: Spec, tokens: int, several: bool) -> None:
         self.shape, self.spec, self.tokens = shape, spec, tokens
         self.several = several  # conversations in a part, which a kernel of its own keeps apart
+        # Whether LoRA's matrices are taken together: see `jobs.train.fused_lora`.
+        self.fused = self.FUSES and not (
+            spec.lora.dropout or spec.lora.dora or spec.model.load_in == "8bit"
+        )
         # The largest matrix in 16 bit: unsloth keeps the place for one.
         self.unpacked = 0 if spec.model.load_in == "16bit" else HALF * shape.hidden * shape.inner
 
@@ -194,7 +202,9 @@ class _Unsloth:
         values += 2 * s.inner  # gate and up
         if s.head_norms:
             values += s.q + s.kv
-        if s.biased:
+        if self.fused:
+            values += len(targets(s, self.spec)) * self.spec.lora.rank  # inputs multiplied with A
+        elif s.biased:
             values += 5 * s.hidden  # as measured with Qwen2.5-1.5B, from 2,048 tokens on
         floats = s.norms + s.heads  # each norm's scale; each head's sum of exponentials
         masks = 0
@@ -205,14 +215,15 @@ class _Unsloth:
     def _attention(self) -> int:
         s = self.shape
         if self.several:
-            return 4 * s.q  # queries, keys and values repeated for each query's head, output
+            return 2 * s.q + 2 * s.kv  # queries, keys, values, output
         return 3 * s.q + 2 * s.kv  # queries, keys, values, output, and the output as one row
 
     def backward(self) -> int:
         """What the last layer's backward pass needs for a moment."""
         s = self.shape
         # Gradients of the MLP's output, and of gate, up or their product.
-        return HALF * self.tokens * (s.hidden + s.inner) + self.unpacked
+        rows = HALF * self.tokens * (s.hidden + s.inner)
+        return rows + self.unpacked * (not self.fused)
 
     def loss(self, card: float) -> int:
         """Final norm and loss."""
@@ -230,11 +241,13 @@ class _Unsloth:
 class _Transformers(_Unsloth):
     """Bytes as transformers and peft keep them under autocast."""
 
+    FUSES = False
+
     def layer(self) -> int:
         s = self.shape
         values = 2 * s.norms * s.hidden  # what goes into each norm in 32 bit
         values += s.norms * s.hidden  # what comes out of it
-        values += 4 * s.q  # queries, keys and values repeated, output
+        values += 2 * s.q + 2 * s.kv  # queries, keys, values, output
         values += 4 * s.inner  # gate, up, the activation of gate, and the product
         values += len(targets(s, self.spec)) * self.spec.lora.rank
         masks = 0

@@ -1,0 +1,370 @@
+"""LoRA's small matrices taken together, in the layers of the `unsloth` engine.
+
+A layer of seven linear modules has fourteen small matrices, and unsloth takes each by itself: cast to
+16 bit on the way there and on the way back, its gradient cast to 32, its input read once more. With
+few tokens at a time a GPU waits for the processor to start these hundreds of small products; with
+many it reads the same activations again and again. Here modules that share an input go through
+together, all matrices are cast at once, and what was multiplied with A is kept instead of made again.
+The numbers are the same, but for the order in which they are summed up.
+
+With A (rank, inputs), B (outputs, rank), a frozen W (outputs, inputs) and the scale s, a module gives
+y = x Wᵀ + s (x Aᵀ) Bᵀ (Hu et al. 2021, section 4.1); the gradients are those of this product.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+Tensors = tuple[torch.Tensor, ...]
+Unpack = Callable[[torch.Tensor, Any], torch.Tensor]
+"""A frozen matrix in 16 bit, from how it is held and its quantization state."""
+
+
+class Group:
+    """Linear modules with LoRA that share their input."""
+
+    def __init__(self, modules: Iterable[Any]) -> None:
+        self.modules = tuple(modules)
+        self.bases = tuple(module.base_layer for module in self.modules)
+        (adapter,) = self.modules[0].active_adapters
+        self.down = tuple(module.lora_A[adapter].weight for module in self.modules)
+        self.up = tuple(module.lora_B[adapter].weight for module in self.modules)
+        self.scales = tuple(float(module.scaling[adapter]) for module in self.modules)
+        self.halves: Tensors | None = None
+        """All A as one matrix and each B, in 16 bit: while a batch goes through (see `Halves`)."""
+
+    @property
+    def parameters(self) -> Tensors:
+        return self.down + self.up
+
+    def lora(self) -> Tensors:
+        """What the functions below take: A as one or each, then each B."""
+        return self.halves or self.parameters
+
+    def frozen(self) -> list[tuple[torch.Tensor, Any, torch.Tensor | None]]:
+        return [
+            (base.weight, getattr(base.weight, "quant_state", None), base.bias)
+            for base in self.bases
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight, state, _ = self.frozen()[0]
+        return weight.dtype if state is None else state.dtype
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a module is a frozen matrix with one LoRA and nothing else: no dropout, no DoRA, no
+    trained bias, and 4 or 16 bit."""
+    if not isinstance(module, LoraLayer) or len(module.active_adapters) != 1:
+        return False
+    (adapter,) = module.active_adapters
+    base: Any = module.base_layer
+    weight = getattr(base, "weight", None)
+    if adapter not in module.lora_A or not isinstance(weight, torch.Tensor):
+        return False
+    four_bit = getattr(weight, "quant_state", None) is not None and weight.dtype == torch.uint8
+    return (
+        (four_bit or (weight.is_floating_point() and weight.itemsize >= 2))
+        and not weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and isinstance(module.lora_dropout[adapter], torch.nn.Identity)
+        and module.lora_B[adapter].bias is None
+        and adapter not in module.lora_variant
+        and not module.merged
+    )
+
+
+def _project(flat: torch.Tensor, group: Group, lora: Tensors, unpack: Unpack) -> tuple[list[torch.Tensor], torch.Tensor]:  # fmt: skip
+    """Each module's y, and x Aᵀ of all: (tokens, outputs) each and (tokens, ranks)."""
+    down, up = _taken(lora, len(group.bases), flat.dtype)
+    inner = flat @ down.t()
+    outputs = []
+    for (weight, state, bias), b, part, scale in zip(
+        group.frozen(), up, _parts(inner, up), group.scales, strict=True
+    ):
+        matrix = unpack(weight, state).t()
+        y = flat @ matrix if bias is None else torch.addmm(bias.to(flat.dtype), flat, matrix)
+        outputs.append(y.addmm_(part, b.t(), alpha=scale))
+    return outputs, inner
+
+
+def _project_back(
+    gradients: list[torch.Tensor], flat: torch.Tensor, inner: torch.Tensor, group: Group,
+    lora: Tensors, unpack: Unpack, inplace: bool,
+) -> tuple[torch.Tensor, Tensors]:  # fmt: skip
+    """The gradients of x and of `lora`. `inplace` writes the first over `flat`."""
+    down, up = _taken(lora, len(group.bases), flat.dtype)
+    back = torch.empty_like(inner)  # gradient of x Aᵀ
+    up_gradients = []
+    for y, b, kept, part, scale in zip(
+        gradients, up, _parts(inner, up), _parts(back, up), group.scales, strict=True
+    ):
+        part.addmm_(y, b, beta=0, alpha=scale)
+        up_gradients.append(torch.empty_like(b).addmm_(y.t(), kept, beta=0, alpha=scale))
+    down_gradient = back.t() @ flat
+    x: torch.Tensor | None = None
+    for y, (weight, state, _) in zip(gradients, group.frozen(), strict=True):
+        matrix = unpack(weight, state)
+        if x is None:
+            x = torch.mm(y, matrix, out=flat if inplace else None)
+        else:
+            x.addmm_(y, matrix)
+    assert x is not None
+    x.addmm_(back, down)
+    count = len(lora) - len(up)
+    downs = (
+        (down_gradient,)
+        if count == 1
+        else torch.split_with_sizes(down_gradient, [b.shape[1] for b in up])
+    )
+    return x, (*downs, *up_gradients)
+
+
+def _taken(lora: Tensors, modules: int, dtype: torch.dtype) -> tuple[torch.Tensor, Tensors]:
+    """All A as one matrix, and each B, in that type."""
+    down, up = lora[:-modules], lora[-modules:]
+    whole = down[0] if len(down) == 1 else torch.cat(down)
+    return whole.to(dtype), tuple(b.to(dtype) for b in up)
+
+
+def _parts(inner: torch.Tensor, up: Tensors) -> Tensors:
+    """The columns of each module's rank."""
+    return torch.split_with_sizes(inner, [b.shape[1] for b in up], 1)
+
+
+class Linears(torch.autograd.Function):
+    """Modules with LoRA on one input: x (..., inputs) to each (..., outputs)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, group: Group, unpack: Unpack, inplace: bool, *lora: torch.Tensor
+    ) -> Any:
+        outputs, inner = _project(x.reshape(-1, x.shape[-1]), group, lora, unpack)
+        ctx.save_for_backward(x, inner, *lora)
+        ctx.told = group, unpack, inplace
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, inner, *lora = ctx.saved_tensors
+        group, unpack, inplace = ctx.told
+        flat = x.reshape(-1, x.shape[-1])
+        rows = [y.reshape(-1, y.shape[-1]) for y in gradients]
+        dx, of_lora = _project_back(rows, flat, inner, group, tuple(lora), unpack, inplace)
+        return dx.view(x.shape), None, None, None, *of_lora
+
+
+class GatedMlp(torch.autograd.Function):
+    """down(act(gate(x)) * up(x)), of which only what gate and up gave is kept.
+
+    `act` gives the product from both; `act_back` takes the product's gradient and both, and gives the
+    product again and the gradients of up and of gate, in their places.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, groups: tuple[Group, Group], unpack: Unpack, inplace: bool,
+        act: Any, act_back: Any, count: int, *lora: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        (gate, up), inner = _project(x.reshape(-1, x.shape[-1]), groups[0], lora[:count], unpack)
+        shape = (*x.shape[:-1], gate.shape[-1])
+        product = act(gate.view(shape), up.view(shape)).view(gate.shape)
+        (y,), inner_down = _project(product, groups[1], lora[count:], unpack)
+        ctx.save_for_backward(x, inner, inner_down, gate, up, *lora)
+        ctx.told = groups, unpack, inplace, act_back, count
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, inner, inner_down, gate, up, *lora = ctx.saved_tensors
+        (first, second), unpack, inplace, act_back, count = ctx.told
+        y = gradient.reshape(-1, gradient.shape[-1])
+        # The product is made again only after its gradient is known, so the two halves of
+        # `_project_back` are taken apart here.
+        down, (b,) = _taken(tuple(lora[count:]), 1, y.dtype)
+        ((weight, state, _),), (scale,) = second.frozen(), second.scales
+        back = torch.empty_like(inner_down).addmm_(y, b, beta=0, alpha=scale)
+        of_b = torch.empty_like(b).addmm_(y.t(), inner_down, beta=0, alpha=scale)
+        of_product = torch.mm(y, unpack(weight, state)).addmm_(back, down)
+        product, of_up, of_gate = act_back(of_product, gate, up)
+        of_a = back.t() @ product
+        del product, of_product
+        flat = x.reshape(-1, x.shape[-1])
+        dx, of_first = _project_back(
+            [of_gate, of_up], flat, inner, first, tuple(lora[:count]), unpack, inplace
+        )
+        return dx.view(x.shape), None, None, None, None, None, None, *of_first, of_a, of_b
+
+
+class Halves:
+    """All LoRA matrices in 16 bit, made with one copy before a batch and gone after it."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+        self.parameters = [p for group in groups for p in group.parameters]
+
+    def make(self) -> None:
+        made = iter(_InHalf.apply(self, *self.parameters))  # type: ignore[no-untyped-call]
+        for group in self.groups:
+            group.halves = tuple(next(made) for _ in range(1 + len(group.up)))
+
+    def drop(self) -> None:
+        for group in self.groups:
+            group.halves = None
+
+
+class _InHalf(torch.autograd.Function):
+    """All matrices in 32 bit to, for each group, all A as one and each B in 16."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Halves, *parameters: torch.Tensor) -> Tensors:
+        ctx.halves = halves
+        sizes = [p.numel() for p in parameters]
+        whole = parameters[0].new_empty(sum(sizes), dtype=halves.groups[0].dtype)
+        torch._foreach_copy_(
+            torch.split_with_sizes(whole, sizes), [p.reshape(-1) for p in parameters]
+        )
+        outputs: list[torch.Tensor] = []
+        at = 0
+        for group in halves.groups:
+            inputs = group.down[0].shape[1]
+            ranks = sum(a.shape[0] for a in group.down)
+            outputs.append(whole[at : at + ranks * inputs].view(ranks, inputs))
+            at += ranks * inputs
+            for b in group.up:
+                outputs.append(whole[at : at + b.numel()].view(b.shape))
+                at += b.numel()
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        groups = ctx.halves.groups
+        each: list[torch.Tensor] = []
+        given = iter(gradients)
+        for group in groups:
+            each += torch.split_with_sizes(next(given), [a.shape[0] for a in group.down])
+            each += (next(given) for _ in group.up)
+        whole = each[0].new_empty(sum(g.numel() for g in each), dtype=groups[0].down[0].dtype)
+        full = torch.split_with_sizes(whole, [g.numel() for g in each])
+        shaped = [part.view(g.shape) for part, g in zip(full, each, strict=True)]
+        torch._foreach_copy_(shaped, each)
+        return (None, *shaped)
+
+
+def fuse(model: Any) -> int:
+    """Take LoRA together in all layers of a model that unsloth has loaded, where they are plain
+    enough; returns in how many groups. In training only: what does not train goes as before."""
+    if not torch.cuda.is_available():
+        return 0  # where unsloth has none of its own functions either
+    from unsloth.kernels import fast_lora
+    from unsloth.kernels.fast_lora import _may_overwrite_input
+
+    activations = {
+        fast_lora.apply_lora_mlp_swiglu: (
+            fast_lora.swiglu_fg_kernel, fast_lora.swiglu_DWf_DW_dfg_kernel,
+        ),
+        fast_lora.apply_lora_mlp_geglu_exact: (
+            fast_lora.geglu_exact_forward_kernel, fast_lora.geglu_exact_backward_kernel,
+        ),
+        fast_lora.apply_lora_mlp_geglu_approx: (
+            fast_lora.geglu_approx_forward_kernel, fast_lora.geglu_approx_backward_kernel,
+        ),
+    }  # fmt: skip
+
+    def unpack(weight: torch.Tensor, state: Any) -> torch.Tensor:
+        found: torch.Tensor = (
+            weight
+            if state is None
+            else fast_lora.fast_dequantize(weight, state, use_global_buffer=True)
+        )
+        return found
+
+    groups: list[Group] = []
+
+    def group_of(*modules: Any) -> Group | None:
+        if not all(is_plain(module) for module in modules):
+            return None
+        return Group(modules)
+
+    def attend_with(attention: Any, name: str, *modules: Any) -> None:
+        # unsloth's attention looks for a function of this name, and else takes the plain one of its
+        # own module: so it does where modules have a bias.
+        plain = getattr(sys.modules[type(attention).forward.__module__], f"original_{name}", None)
+        before = getattr(attention, name, plain)
+        group = group_of(*modules) if plain else None
+        if group is None:
+            return
+        groups.append(group)
+
+        @functools.wraps(before)  # type: ignore[arg-type]
+        def applied(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not _takes(self, group, x):
+                return before(self, x, *args, **kwargs)  # type: ignore[misc]
+            inplace = len(modules) > 1 and _may_overwrite_input(x)
+            found = Linears.apply(x, group, unpack, inplace, *group.lora())  # type: ignore[no-untyped-call]
+            return found if len(modules) > 1 else found[0]
+
+        setattr(attention, name, applied)
+
+    def fuse_mlp(mlp: Any) -> None:
+        before = mlp.forward
+        function = getattr(before, "__func__", None)
+        partial = isinstance(function, functools.partial)
+        known = activations.get(function.func if partial else function)  # type: ignore[union-attr]
+        first = group_of(mlp.gate_proj, mlp.up_proj) if known else None
+        second = group_of(mlp.down_proj) if first else None
+        if known is None or first is None or second is None:
+            return
+        groups.extend((first, second))
+        wanted = function.keywords.get("inplace", True) if partial else True  # type: ignore[union-attr]
+
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not _takes(mlp, first, x):
+                return before(x, *args, **kwargs)
+            inplace = wanted and _may_overwrite_input(x)
+            lora = first.lora()
+            return GatedMlp.apply(  # type: ignore[no-untyped-call]
+                x, (first, second), unpack, inplace, *known, len(lora), *lora, *second.lora()
+            )
+
+        mlp.forward = forward
+
+    for module in list(model.modules()):
+        if hasattr(module, "q_proj") and hasattr(module, "o_proj"):
+            attend_with(module, "apply_qkv", module.q_proj, module.k_proj, module.v_proj)
+            attend_with(module, "apply_o", module.o_proj)
+        elif hasattr(module, "gate_proj") and hasattr(module, "down_proj"):
+            fuse_mlp(module)
+    if groups:
+        _cast_together(model, Halves(groups))
+    return len(groups)
+
+
+def _takes(owner: Any, group: Group, x: torch.Tensor) -> bool:
+    module = group.modules[0]
+    return owner.training and not module.disable_adapters and x.dtype == group.dtype
+
+
+def _cast_together(model: Any, halves: Halves) -> None:
+    """Around each batch in training; not where layers are gone through again in the backward pass,
+    each of which would then go back to the same copy by itself."""
+    inner = model.get_base_model().model
+
+    def before(*_: Any) -> None:
+        if (
+            model.training
+            and torch.is_grad_enabled()
+            and not getattr(inner, "gradient_checkpointing", False)
+            and halves.parameters[0].dtype != halves.groups[0].dtype
+        ):
+            halves.make()
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(lambda *_: halves.drop(), always_call=True)

@@ -1,0 +1,177 @@
+"""LoRA taken together gives what peft's own layers give: outputs and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import silu
+
+from jobs.train.fused_lora import GatedMlp, Group, Halves, Linears, is_plain
+
+RANK, INPUTS, OUTPUTS = 4, 24, {"q": 32, "k": 16, "v": 8}
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        for name, size in OUTPUTS.items():
+            setattr(self, name, torch.nn.Linear(INPUTS, size, bias=bias))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name)(x) for name in OUTPUTS)
+
+
+class Mlp(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(INPUTS, 40, bias=False)
+        self.up = torch.nn.Linear(INPUTS, 40, bias=False)
+        self.down = torch.nn.Linear(40, INPUTS, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down(silu(self.gate(x)) * self.up(x))
+        return found
+
+
+def tuned(module: torch.nn.Module, **options: Any) -> Any:
+    """With LoRA that is not zero, of a rank and a scale of its own for each module, in float64."""
+    names = [name for name, each in module.named_modules() if isinstance(each, torch.nn.Linear)]
+    config = LoraConfig(
+        r=RANK, lora_alpha=6, target_modules=names, rank_pattern={names[-1]: RANK + 2}, **options
+    )
+    model = get_peft_model(module, config).double()
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter)
+    return model.base_model.model
+
+
+def as_it_is(weight: torch.Tensor, state: Any) -> torch.Tensor:
+    assert state is None
+    return weight
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+
+def seen(module: Any, x: torch.Tensor, forward: Any) -> tuple[list[torch.Tensor], Any]:
+    """What comes out, and all gradients of a sum in which each number has another weight."""
+    module.zero_grad(set_to_none=True)
+    leaf = x.clone().requires_grad_()
+    outputs = forward(leaf * 1)  # not the leaf itself: it may be written over
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    torch.manual_seed(5)
+    torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum().backward()
+    assert leaf.grad is not None
+    return [y.detach() for y in outputs], {"x": leaf.grad, **gradients(module)}
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for y, wanted in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(y, wanted)
+    assert found[1].keys() == expected[1].keys()
+    for name, wanted in expected[1].items():
+        torch.testing.assert_close(found[1][name], wanted, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_modules_on_one_input(bias: bool, inplace: bool, together: bool) -> None:
+    module = tuned(Attention(bias))
+    group = Group([module.q, module.k, module.v])
+    x = torch.randn(2, 5, INPUTS, dtype=torch.float64)
+    expected = seen(module, x, module)
+    halves = Halves([group])
+
+    def fused(leaf: torch.Tensor) -> Any:
+        if together:
+            halves.make()
+            assert len(group.lora()) == 4
+        found = Linears.apply(leaf, group, as_it_is, inplace, *group.lora())
+        halves.drop()
+        return found
+
+    assert_same(seen(module, x, fused), expected)
+    assert group.lora() == group.parameters
+
+
+def act_back(product: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Any:
+    """As unsloth's kernels: the product again, the gradients of up and of gate, each in place."""
+    sigmoid = torch.sigmoid(gate)
+    f = gate * sigmoid
+    of_up, of_gate = product * f, product * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return product.copy_(f * up), gate.copy_(of_up), up.copy_(of_gate)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_gated_mlp(inplace: bool, together: bool) -> None:
+    module = tuned(Mlp())
+    first, second = Group([module.gate, module.up]), Group([module.down])
+    x = torch.randn(2, 5, INPUTS, dtype=torch.float64)
+    expected = seen(module, x, module)
+    halves = Halves([first, second])
+
+    def fused(leaf: torch.Tensor) -> Any:
+        if together:
+            halves.make()
+        lora = first.lora()
+        return GatedMlp.apply(
+            leaf, (first, second), as_it_is, inplace, lambda e, g: silu(e) * g, act_back,
+            len(lora), *lora, *second.lora(),
+        )  # fmt: skip
+
+    assert_same(seen(module, x, fused), expected)
+
+
+def test_the_copies_are_of_another_type_and_go_back_to_the_matrices() -> None:
+    module = tuned(Attention(False)).to(torch.bfloat16)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    group = Group([module.q, module.k, module.v])
+    x = torch.randn(3, INPUTS, dtype=torch.bfloat16)
+
+    def each(leaf: torch.Tensor) -> Any:
+        return Linears.apply(leaf, group, as_it_is, False, *group.lora())
+
+    halves = Halves([group])
+
+    def together(leaf: torch.Tensor) -> Any:
+        halves.make()
+        assert {part.dtype for part in group.lora()} == {torch.bfloat16}
+        return each(leaf)
+
+    expected = seen(module, x, each)
+    found = seen(module, x, together)
+    assert {g.dtype for n, g in found[1].items() if n != "x"} == {torch.float32}
+    for name, wanted in expected[1].items():
+        assert torch.equal(found[1][name], wanted), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}, {"bias": "all"}]
+)
+def test_what_is_more_than_lora_is_left_to_unsloth(options: dict[str, Any]) -> None:
+    module = tuned(Attention(bias=True), **options)
+    assert not is_plain(module.q)
+
+
+def test_plain_lora_is_taken_and_merged_or_frozen_is_not() -> None:
+    module = tuned(Attention(bias=True))
+    assert is_plain(module.q) and is_plain(module.v)
+    module.q.merge()
+    assert not is_plain(module.q)
+    module.k.base_layer.weight.requires_grad_()
+    assert not is_plain(module.k)
+    module.v.base_layer.weight = torch.nn.Parameter(
+        torch.zeros(OUTPUTS["v"], INPUTS, dtype=torch.int8), requires_grad=False
+    )
+    assert not is_plain(module.v)
+    assert not is_plain(torch.nn.Linear(2, 2))
