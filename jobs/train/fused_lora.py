@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -258,93 +259,104 @@ class _InHalf(torch.autograd.Function):
         return (None, *shaped)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What is unsloth's in all this."""
+
+    unpack: Unpack
+    activations: dict[Any, tuple[Any, Any]]
+    """By its function for a whole MLP: the activation there and back (see `GatedMlp`)."""
+    may_overwrite: Callable[[torch.Tensor], bool]
+    """Whether nobody needs a layer's input any more once its gradient is known."""
+
+
 def fuse(model: Any) -> int:
     """Take LoRA together in all layers of a model that unsloth has loaded, where they are plain
     enough; returns in how many groups. In training only: what does not train goes as before."""
     if not torch.cuda.is_available():
         return 0  # where unsloth has none of its own functions either
-    from unsloth.kernels import fast_lora
-    from unsloth.kernels.fast_lora import _may_overwrite_input
-
-    activations = {
-        fast_lora.apply_lora_mlp_swiglu: (
-            fast_lora.swiglu_fg_kernel, fast_lora.swiglu_DWf_DW_dfg_kernel,
-        ),
-        fast_lora.apply_lora_mlp_geglu_exact: (
-            fast_lora.geglu_exact_forward_kernel, fast_lora.geglu_exact_backward_kernel,
-        ),
-        fast_lora.apply_lora_mlp_geglu_approx: (
-            fast_lora.geglu_approx_forward_kernel, fast_lora.geglu_approx_backward_kernel,
-        ),
-    }  # fmt: skip
+    from unsloth.kernels import fast_lora as own
 
     def unpack(weight: torch.Tensor, state: Any) -> torch.Tensor:
         found: torch.Tensor = (
-            weight
-            if state is None
-            else fast_lora.fast_dequantize(weight, state, use_global_buffer=True)
+            weight if state is None else own.fast_dequantize(weight, state, use_global_buffer=True)
         )
         return found
 
+    activations = {
+        own.apply_lora_mlp_swiglu: (own.swiglu_fg_kernel, own.swiglu_DWf_DW_dfg_kernel),
+        own.apply_lora_mlp_geglu_exact: (
+            own.geglu_exact_forward_kernel, own.geglu_exact_backward_kernel,
+        ),
+        own.apply_lora_mlp_geglu_approx: (
+            own.geglu_approx_forward_kernel, own.geglu_approx_backward_kernel,
+        ),
+    }  # fmt: skip
+    return fuse_with(model, Kernels(unpack, activations, own._may_overwrite_input))
+
+
+def fuse_with(model: Any, kernels: Kernels) -> int:
     groups: list[Group] = []
-
-    def group_of(*modules: Any) -> Group | None:
-        if not all(is_plain(module) for module in modules):
-            return None
-        return Group(modules)
-
-    def attend_with(attention: Any, name: str, *modules: Any) -> None:
-        # unsloth's attention looks for a function of this name, and else takes the plain one of its
-        # own module: so it does where modules have a bias.
-        plain = getattr(sys.modules[type(attention).forward.__module__], f"original_{name}", None)
-        before = getattr(attention, name, plain)
-        group = group_of(*modules) if plain else None
-        if group is None:
-            return
-        groups.append(group)
-
-        @functools.wraps(before)  # type: ignore[arg-type]
-        def applied(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not _takes(self, group, x):
-                return before(self, x, *args, **kwargs)  # type: ignore[misc]
-            inplace = len(modules) > 1 and _may_overwrite_input(x)
-            found = Linears.apply(x, group, unpack, inplace, *group.lora())  # type: ignore[no-untyped-call]
-            return found if len(modules) > 1 else found[0]
-
-        setattr(attention, name, applied)
-
-    def fuse_mlp(mlp: Any) -> None:
-        before = mlp.forward
-        function = getattr(before, "__func__", None)
-        partial = isinstance(function, functools.partial)
-        known = activations.get(function.func if partial else function)  # type: ignore[union-attr]
-        first = group_of(mlp.gate_proj, mlp.up_proj) if known else None
-        second = group_of(mlp.down_proj) if first else None
-        if known is None or first is None or second is None:
-            return
-        groups.extend((first, second))
-        wanted = function.keywords.get("inplace", True) if partial else True  # type: ignore[union-attr]
-
-        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not _takes(mlp, first, x):
-                return before(x, *args, **kwargs)
-            inplace = wanted and _may_overwrite_input(x)
-            lora = first.lora()
-            return GatedMlp.apply(  # type: ignore[no-untyped-call]
-                x, (first, second), unpack, inplace, *known, len(lora), *lora, *second.lora()
-            )
-
-        mlp.forward = forward
-
     for module in list(model.modules()):
         if hasattr(module, "q_proj") and hasattr(module, "o_proj"):
-            attend_with(module, "apply_qkv", module.q_proj, module.k_proj, module.v_proj)
-            attend_with(module, "apply_o", module.o_proj)
+            projections = (module.q_proj, module.k_proj, module.v_proj)
+            groups += _fuse_attention(module, "apply_qkv", projections, kernels)
+            groups += _fuse_attention(module, "apply_o", (module.o_proj,), kernels)
         elif hasattr(module, "gate_proj") and hasattr(module, "down_proj"):
-            fuse_mlp(module)
+            groups += _fuse_mlp(module, kernels)
     if groups:
         _cast_together(model, Halves(groups))
     return len(groups)
+
+
+def _fuse_attention(
+    attention: Any, name: str, modules: tuple[Any, ...], kernels: Kernels
+) -> list[Group]:
+    """unsloth's attention looks for a function of this name, and else takes the plain one of its own
+    module: so it does where modules have a bias."""
+    plain = getattr(sys.modules[type(attention).forward.__module__], f"original_{name}", None)
+    if plain is None or not all(is_plain(module) for module in modules):
+        return []
+    before = getattr(attention, name, plain)
+    group = Group(modules)
+
+    @functools.wraps(before)
+    def applied(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not _takes(self, group, x):
+            return before(self, x, *args, **kwargs)
+        inplace = len(modules) > 1 and kernels.may_overwrite(x)
+        function: Any = Linears
+        found = function.apply(x, group, kernels.unpack, inplace, *group.lora())
+        return found if len(modules) > 1 else found[0]
+
+    setattr(attention, name, applied)
+    return [group]
+
+
+def _fuse_mlp(mlp: Any, kernels: Kernels) -> list[Group]:
+    before = mlp.forward
+    function: Any = getattr(before, "__func__", None)
+    options: dict[str, Any] = {}
+    if isinstance(function, functools.partial):
+        function, options = function.func, function.keywords
+    known = kernels.activations.get(function)
+    modules = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if known is None or not all(is_plain(module) for module in modules):
+        return []
+    first, second = Group(modules[:2]), Group(modules[2:])
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not _takes(mlp, first, x):
+            return before(x, *args, **kwargs)
+        inplace = options.get("inplace", True) and kernels.may_overwrite(x)
+        lora = first.lora()
+        gated: Any = GatedMlp
+        return gated.apply(
+            x, (first, second), kernels.unpack, inplace, *known, len(lora), *lora, *second.lora()
+        )
+
+    mlp.forward = forward
+    return [first, second]
 
 
 def _takes(owner: Any, group: Group, x: torch.Tensor) -> bool:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import silu
 
-from jobs.train.fused_lora import GatedMlp, Group, Halves, Linears, is_plain
+from jobs.train.fused_lora import (
+    GatedMlp,
+    Group,
+    Halves,
+    Kernels,
+    Linears,
+    fuse_with,
+    is_plain,
+)
 
 RANK, INPUTS, OUTPUTS = 4, 24, {"q": 32, "k": 16, "v": 8}
 
@@ -66,7 +75,8 @@ def seen(module: Any, x: torch.Tensor, forward: Any) -> tuple[list[torch.Tensor]
     outputs = forward(leaf * 1)  # not the leaf itself: it may be written over
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     torch.manual_seed(5)
-    torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum().backward()
+    loss: Any = torch.stack([(y * torch.randn_like(y)).sum() for y in outputs]).sum()
+    loss.backward()
     assert leaf.grad is not None
     return [y.detach() for y in outputs], {"x": leaf.grad, **gradients(module)}
 
@@ -76,7 +86,7 @@ def assert_same(found: Any, expected: Any) -> None:
         torch.testing.assert_close(y, wanted)
     assert found[1].keys() == expected[1].keys()
     for name, wanted in expected[1].items():
-        torch.testing.assert_close(found[1][name], wanted, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[1][name], wanted, msg=name)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -84,7 +94,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_modules_on_one_input(bias: bool, inplace: bool, together: bool) -> None:
     module = tuned(Attention(bias))
-    group = Group([module.q, module.k, module.v])
+    group, function = Group([module.q, module.k, module.v]), cast(Any, Linears)
     x = torch.randn(2, 5, INPUTS, dtype=torch.float64)
     expected = seen(module, x, module)
     halves = Halves([group])
@@ -93,7 +103,7 @@ def test_modules_on_one_input(bias: bool, inplace: bool, together: bool) -> None
         if together:
             halves.make()
             assert len(group.lora()) == 4
-        found = Linears.apply(leaf, group, as_it_is, inplace, *group.lora())
+        found = function.apply(leaf, group, as_it_is, inplace, *group.lora())
         halves.drop()
         return found
 
@@ -114,6 +124,7 @@ def act_back(product: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Any
 def test_a_gated_mlp(inplace: bool, together: bool) -> None:
     module = tuned(Mlp())
     first, second = Group([module.gate, module.up]), Group([module.down])
+    function = cast(Any, GatedMlp)
     x = torch.randn(2, 5, INPUTS, dtype=torch.float64)
     expected = seen(module, x, module)
     halves = Halves([first, second])
@@ -122,7 +133,7 @@ def test_a_gated_mlp(inplace: bool, together: bool) -> None:
         if together:
             halves.make()
         lora = first.lora()
-        return GatedMlp.apply(
+        return function.apply(
             leaf, (first, second), as_it_is, inplace, lambda e, g: silu(e) * g, act_back,
             len(lora), *lora, *second.lora(),
         )  # fmt: skip
@@ -135,11 +146,11 @@ def test_the_copies_are_of_another_type_and_go_back_to_the_matrices() -> None:
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    group = Group([module.q, module.k, module.v])
+    group, function = Group([module.q, module.k, module.v]), cast(Any, Linears)
     x = torch.randn(3, INPUTS, dtype=torch.bfloat16)
 
     def each(leaf: torch.Tensor) -> Any:
-        return Linears.apply(leaf, group, as_it_is, False, *group.lora())
+        return function.apply(leaf, group, as_it_is, False, *group.lora())
 
     halves = Halves([group])
 
@@ -175,3 +186,136 @@ def test_plain_lora_is_taken_and_merged_or_frozen_is_not() -> None:
     )
     assert not is_plain(module.v)
     assert not is_plain(torch.nn.Linear(2, 2))
+
+
+# --- in the layers of a model, as unsloth's are made
+
+
+def original_apply_qkv(self: Any, x: torch.Tensor) -> Any:
+    return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+def original_apply_o(self: Any, x: torch.Tensor) -> Any:
+    return self.o_proj(x)
+
+
+def apply_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+    return found
+
+
+KERNELS = Kernels(as_it_is, {apply_mlp: (lambda e, g: silu(e) * g, act_back)}, lambda x: True)
+
+
+class SelfAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "qkvo":
+            setattr(self, f"{name}_proj", torch.nn.Linear(INPUTS, INPUTS, bias=name != "o"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = getattr(self, "apply_qkv", original_apply_qkv)(self, x)
+        found: torch.Tensor = getattr(self, "apply_o", original_apply_o)(self, q * k + v)
+        return found
+
+
+class GatedLinear(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = torch.nn.Linear(INPUTS, 40, bias=False)
+        self.up_proj = torch.nn.Linear(INPUTS, 40, bias=False)
+        self.down_proj = torch.nn.Linear(40, INPUTS, bias=False)
+        self.forward = MethodType(apply_mlp, self)
+
+
+class Layers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = SelfAttention(), GatedLinear()
+        self.gradient_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(x * 1)  # a copy, as a norm makes one: it may be written over
+        found: torch.Tensor = x + self.mlp(x * 1)
+        return found
+
+
+class Whole(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Layers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model(x)
+        return found
+
+
+def whole(**options: Any) -> Any:
+    torch.manual_seed(1)
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    model = get_peft_model(Whole(), LoraConfig(r=RANK, target_modules=targets, **options))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float64)
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter)
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_gives_the_same_with_its_layers_fused(checkpointing: bool) -> None:
+    model = whole()
+    x = torch.randn(2, 5, INPUTS, dtype=torch.float64)
+    expected = seen(model, x, model)
+    assert fuse_with(model, KERNELS) == 4
+    model.get_base_model().model.gradient_checkpointing = checkpointing
+    assert_same(seen(model, x, model), expected)
+
+
+def test_matrices_are_cast_once_for_a_batch_and_not_where_layers_are_gone_through_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Halves] = []
+    make = Halves.make
+
+    def counted(halves: Halves) -> None:
+        made.append(halves)
+        make(halves)
+
+    monkeypatch.setattr(Halves, "make", counted)
+    model = whole().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    assert fuse_with(model, KERNELS) == 4
+    attention = model.get_base_model().model.attention
+    x = torch.randn(2, 5, INPUTS, dtype=torch.bfloat16)
+    for _ in range(2):
+        model(x).float().sum().backward()
+    assert len(made) == 2
+    assert attention.q_proj.lora_A["default"].weight.grad.dtype == torch.float32
+    model.get_base_model().model.gradient_checkpointing = True
+    model(x).float().sum().backward()
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+    assert len(made) == 2
+
+
+def test_what_does_not_train_goes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = whole()
+    assert fuse_with(model, KERNELS) == 4
+    x = torch.randn(2, 5, INPUTS, dtype=torch.float64)
+    trained = model(x)
+    for function in (Linears, GatedMlp):
+        monkeypatch.setattr(function, "apply", None)
+    torch.testing.assert_close(model.eval()(x), trained)
+    with model.train().disable_adapter():
+        assert not torch.allclose(model(x), trained)
+    with pytest.raises(TypeError):
+        model(x)
+
+
+def test_layers_with_more_than_lora_are_left_as_they_are() -> None:
+    assert fuse_with(whole(lora_dropout=0.1), KERNELS) == 0
+    # An MLP whose activation is not known.
+    assert fuse_with(whole(), Kernels(as_it_is, {}, lambda x: True)) == 2
