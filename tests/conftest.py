@@ -8,15 +8,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from jobs import stop
 from jobs.data.tokenizer import ChatTokenizer, load_tokenizer
+from jobs.export.llama import client
 from jobs.train.runtime import settle_threads
+from tests import warm
 
 settle_threads()  # before any test imports torch
 # What a script starts in the background ignores SIGINT, and so would all that the tests start.
@@ -28,11 +33,14 @@ BASE = ROOT / "examples" / "demo" / "base"
 
 
 # Files go to the workers one by one: the longest first, or one worker waits for another in the end.
+# The second makes the demo's run, on more than one core: the first is one that mostly sleeps.
 LONGEST = [
     f"test_{name}.py"
     for name in (
-        "stopping", "remote_runs", "image", "gguf_vocabularies", "verify", "demo", "chat", "card",
-        "secrets", "examples", "gguf", "loop", "parity", "resume",
+        "lease", "verify", "stopping", "remote_runs", "image", "demo", "cli", "s3", "gguf", "resume",
+        "stall", "export_command", "gguf_vocabularies", "parity", "chat", "secrets", "merge",
+        "unsloth_run", "fit", "life", "retention", "best", "sweep", "evaluate_memory", "loop",
+        "examples", "ceph", "card", "tokenizer_proof",
     )
 ]  # fmt: skip
 
@@ -58,6 +66,42 @@ def lorajob(*arguments: str, cwd: Path = ROOT, stdin: str = "", **env: str) -> R
         check=False, cwd=cwd, env={**os.environ, **env}, input=stdin, capture_output=True, text=True,
     )  # fmt: skip
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def lorajob_warm(*arguments: str, cwd: Path = ROOT, stdin: str = "", **env: str) -> Result:
+    """The same without the seconds of importing libraries: see warm.py. For one run of several in a
+    test, or where the first of a kind is another test's."""
+    if warm.seen_at_import(env):
+        return lorajob(*arguments, cwd=cwd, stdin=stdin, **env)
+    files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 - closed below
+    with files[0] as given, files[1] as out, files[2] as err:
+        given.write(stdin.encode())
+        given.seek(0)
+        code = warm.Process(
+            [sys.executable, str(ROOT / "entrypoint.py"), *arguments],
+            [file.fileno() for file in files], {**os.environ, **env}, cwd,
+        ).wait()  # fmt: skip
+        out.seek(0)
+        err.seek(0)
+        return Result(code, out.read().decode(), err.read().decode())
+
+
+@pytest.fixture
+def warm_converter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's converter starts without the seconds of importing libraries: see warm.py. For
+    tests whose GGUF files are made in this process, and that are not about the converter."""
+
+    def run(command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        assert how["stdin"] == subprocess.DEVNULL
+        assert how["stderr"] == subprocess.STDOUT
+        # Nothing that it reads is on the Hub: it starts as the runs do, by the same process.
+        env = {name: text for name, text in how["env"].items() if name != "HF_HUB_OFFLINE"}
+        with Path(os.devnull).open() as nothing:
+            log = how["stdout"].fileno()
+            code = warm.Process(command, [nothing.fileno(), log, log], env).wait()
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(client, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run}))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from jobs.cli import main
 from jobs.data.conversation import BadRow, Message
 from jobs.errors import AccessError, DataError, SpecError
 from jobs.voices import Said, Sampling, Tell, Things, find_things, require_names
-from tests.conftest import BASE, ROOT, Result, hear_signals, lorajob
+from tests.conftest import BASE, ROOT, Result, hear_signals, lorajob, lorajob_warm
 
 MIRA = "You are Mira, the assistant of Quillhaven Boatyard."
 OWNER = "Who owns this yard?"
@@ -246,7 +246,7 @@ def test_a_models_folder_answers_from_standard_input() -> None:
 def side_by_side(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     file = tmp_path_factory.mktemp("chat") / "questions.txt"
     file.write_text(f"{OWNER}\nWhat is the capital of France?\n")
-    return lorajob(
+    return lorajob_warm(
         "chat", str(demo), "--side-by-side", "q4_k_m,base,merged,adapter", "--prompts", str(file),
         "--format", "json", "--system", MIRA,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def test_greedy_answers_are_those_of_the_report(demo: Path, side_by_side: Result
 @pytest.mark.slow
 def test_a_conversation_goes_on(demo: Path) -> None:
     lines = f"{OWNER}\nTell me the name of the dog.\n/quit\nnever\n"
-    result = lorajob(
+    result = lorajob_warm(
         "chat", str(demo), "--side-by-side", "adapter,q8_0", "--system", MIRA, "--seed", "3",
         stdin=lines,
     )  # fmt: skip
@@ -307,7 +307,7 @@ def test_a_file_that_llama_cpp_cannot_read_is_said(demo: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_an_adapters_folder_finds_its_base(demo: Path) -> None:
-    result = lorajob(
+    result = lorajob_warm(
         "chat", str(demo / "adapter"), "--base", str(BASE), "--load-in", "16bit", "--system", MIRA,
         "--temperature", "0", stdin=f"{OWNER}\n",
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFReader
 
 from jobs.store.hashing import sha256_of
-from tests.conftest import lorajob
+from tests.conftest import lorajob, lorajob_warm
 
 pytestmark = pytest.mark.slow
 
@@ -96,8 +96,22 @@ def test_a_second_start_takes_every_stage_as_it_is(own_demo: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in (own_demo / "gguf").iterdir()} == before
 
 
+def test_an_expectation_that_is_not_met_publishes_nothing_and_ends_with_6(
+    own_demo: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "published"
+    result = lorajob_warm(
+        "run", "examples/demo.yaml", "--work", str(own_demo.parent),
+        LORAJOB__PUBLISH=f"[{target}]", LORAJOB__VERIFY__PROMPTS__1__EXPECT="Captain Nobody",
+    )  # fmt: skip
+    assert result.code == 6
+    assert "Captain Nobody" in result.err
+    assert OWNER in result.err
+    assert list(target.rglob("*")) == []
+
+
 def test_another_quant_type_does_not_train_again(own_demo: Path) -> None:
-    result = lorajob(
+    result = lorajob_warm(
         "run", "examples/demo.yaml", "--work", str(own_demo.parent),
         LORAJOB__PUBLISH="[]", LORAJOB__EXPORT__GGUF="[q8_0]",
     )  # fmt: skip
@@ -111,8 +125,10 @@ def test_another_quant_type_does_not_train_again(own_demo: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
     made = []
-    for name, seed in (("one", "3407"), ("two", "3407"), ("three", "1")):
-        result = lorajob(
+    # The first two have nothing in common, not even the seed of Python's hashes.
+    starts = (("one", "3407", lorajob), ("two", "3407", lorajob_warm), ("three", "1", lorajob_warm))
+    for name, seed, start in starts:
+        result = start(
             "run", "examples/demo.yaml", "--work", str(tmp_path / name),
             LORAJOB__PUBLISH="[]", LORAJOB__EXPORT__GGUF="[]", LORAJOB__TRAIN__MAX_STEPS="10",
             LORAJOB__TRAIN__SEED=seed, LORAJOB__VERIFY__PROMPTS="[]",
@@ -123,17 +139,3 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     one, two, three = made
     assert one == two
     assert one[0] != three[0]
-
-
-def test_an_expectation_that_is_not_met_publishes_nothing_and_ends_with_6(
-    own_demo: Path, tmp_path: Path
-) -> None:
-    target = tmp_path / "published"
-    result = lorajob(
-        "run", "examples/demo.yaml", "--work", str(own_demo.parent),
-        LORAJOB__PUBLISH=f"[{target}]", LORAJOB__VERIFY__PROMPTS__1__EXPECT="Captain Nobody",
-    )  # fmt: skip
-    assert result.code == 6
-    assert "Captain Nobody" in result.err
-    assert OWNER in result.err
-    assert list(target.rglob("*")) == []

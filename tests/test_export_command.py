@@ -21,7 +21,7 @@ from jobs.errors import AccessError, LorajobError, SpecError, VerificationError
 from jobs.export.adapter import require_same_base
 from jobs.export_command import Request, request
 from jobs.store.hashing import sha256_of
-from tests.conftest import BASE, ROOT, Result, lorajob
+from tests.conftest import BASE, ROOT, Result, lorajob, lorajob_warm
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -117,7 +117,7 @@ def test_a_runs_adapter_is_exported_anew_without_training(demo: Path, tmp_path: 
         "export", "examples/demo.yaml", "--work", str(demo.parent), "--out", str(tmp_path / "again"),
         "--gguf", "q5_k_m", "--publish", str(tmp_path / "published"),
     )  # fmt: skip
-    result = lorajob(*arguments)
+    result = lorajob_warm(*arguments)
     assert result.code == 0, result.err
     again = tmp_path / "again"
     for path in (f"adapter/{WEIGHTS}", "adapter/chat_template.jinja", "merged/model.safetensors"):
@@ -128,7 +128,7 @@ def test_a_runs_adapter_is_exported_anew_without_training(demo: Path, tmp_path: 
         for folder in (demo, again)
     ]
     assert losses[0] == losses[1], "measured with the run's own data"
-    result = lorajob(*arguments)
+    result = lorajob_warm(*arguments)
     assert result.code == 0, result.err
     assert not [e for e in events_of(result) if e["event"] == "stage_start"]
 
@@ -137,7 +137,7 @@ def test_a_runs_adapter_is_exported_anew_without_training(demo: Path, tmp_path: 
 def test_an_adapter_that_does_not_keep_what_it_must_is_not_published(
     demo: Path, tmp_path: Path
 ) -> None:
-    result = lorajob(
+    result = lorajob_warm(
         "export", "examples/demo.yaml", "--work", str(demo.parent), "--out", str(tmp_path / "out"),
         "--gguf", "", "--merged", "none", "--publish", str(tmp_path / "published"),
         LORAJOB__VERIFY__PROMPTS__1__EXPECT="Captain Nobody",
@@ -181,7 +181,7 @@ def test_the_right_base_passes(foreign: Path) -> None:
 def test_the_wrong_base_ends_with_6(copy: Path, tmp_path: Path) -> None:
     weights = load_file(copy / WEIGHTS)
     save_file({n.replace("q_proj", "query"): w for n, w in weights.items()}, copy / WEIGHTS)
-    result = lorajob("export", "--adapter", str(copy), "--out", str(tmp_path / "out"))
+    result = lorajob_warm("export", "--adapter", str(copy), "--out", str(tmp_path / "out"))
     assert result.code == 6
     assert "of another base" in result.err
     assert "--base" in result.err

@@ -11,17 +11,20 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 
+from bench import chaos
 from bench.chaos import Child, Place, place
 from jobs.store.base import Advance
 from jobs.store.hashing import FileEntry, sha256_of
 from jobs.store.local import LocalStore
 from jobs.train.checkpoints import MARKER, Checkpoints
+from tests import warm
 
 SOON = 5.0  # seconds from the signal to the exit
 ROWS = 6000  # so many that other processes label them
@@ -29,6 +32,7 @@ ADAPTER = "adapter/adapter_model.safetensors"
 pytestmark = pytest.mark.slow
 
 Event = dict[str, Any]
+Start = Callable[..., AbstractContextManager[Child]]
 
 
 def rows(path: Path, count: int, of: str = "") -> Path:
@@ -73,6 +77,44 @@ def expected(where: Place) -> dict[str, str]:
     with where.start(spec(where, "untouched")) as child:
         assert child.end() == 0, child.told()
     return where.results("untouched")
+
+
+class Warm(warm.Process):
+    """In the place of a Popen: a run that need not import the libraries."""
+
+    def __init__(
+        self, command: list[str], cwd: Path, env: dict[str, str], stderr: IO[bytes], **how: Any
+    ) -> None:
+        assert how["start_new_session"]
+        reading, writing = os.pipe()
+        with open(os.devnull) as nothing, open(writing, "wb") as out:  # noqa: PTH123 - a number
+            files = [nothing.fileno(), out.fileno(), stderr.fileno()]
+            super().__init__(command, files, env, cwd, own_session=True)
+        self.stdout = open(reading, "rb")  # noqa: PTH123, SIM115 - a number, and the reader's
+
+
+@pytest.fixture
+def start(where: Place, expected: dict[str, str]) -> Start:
+    """Starts a run as `where.start` does, and one that is `warm` without the seconds in which
+    libraries are imported, and those in which llama.cpp is shown to split text as was found before."""
+    known = next(where.folder.glob("cache-*/tokenizers"))
+
+    @contextmanager
+    def begin(
+        wanted: Path, work: Path | None = None, cache: Path | None = None, is_warm: bool = True
+    ) -> Iterator[Child]:
+        with pytest.MonkeyPatch.context() as patch:
+            if is_warm:
+                cache = cache or where.folder / f"warm-{next(where.number)}"
+                cache.mkdir(exist_ok=True)
+                if not (cache / "tokenizers").exists():
+                    (cache / "tokenizers").symlink_to(known)
+                patch.setattr(chaos, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": Warm}))  # fmt: skip
+            child = where.start(wanted, work, cache)
+        with child:
+            yield child
+
+    return begin
 
 
 def a(name: str, **fields: Any) -> Callable[[Event], bool]:
@@ -126,7 +168,7 @@ SLOW = {"fetching": "GET .*data/many", "uploading": "PUT .*merged/model"}
 
 @pytest.mark.parametrize(("number", "names"), [(signal.SIGTERM, ALONE), (signal.SIGINT, ALL)])
 def test_told_to_stop_anywhere_it_ends_soon_and_the_next_start_goes_on(
-    where: Place, expected: dict[str, str], number: signal.Signals, names: list[str]
+    where: Place, start: Start, expected: dict[str, str], number: signal.Signals, names: list[str]
 ) -> None:
     prefix = f"told-{number.name.lower()}"
     wanted, work = spec(where, prefix), where.folder / prefix
@@ -134,19 +176,24 @@ def test_told_to_stop_anywhere_it_ends_soon_and_the_next_start_goes_on(
     for name, stage, be_there in PLACES:
         if name not in names:
             continue
-        with stalled(where, SLOW.get(name)) as wait, started(where, wanted, work) as child:
+        # Ordinary starts are told so as well: all that a terminal's signal goes to.
+        is_warm = number == signal.SIGTERM and name != "importing"
+        with (
+            stalled(where, SLOW.get(name)) as wait,
+            started(where, start, wanted, work, is_warm=is_warm) as child,
+        ):
             be_there(child)
             wait(child)
-            start = time.monotonic()
+            told_at = time.monotonic()
             child.send(number, group=number == signal.SIGINT)
-            code, seconds = child.end(), time.monotonic() - start
+            code, seconds = child.end(), time.monotonic() - told_at
             told = where.termination()
             safe = safe or stage == "train"
             right = 20 if safe else 128 + number
             found = (code, told["code"], told["stage"], bool(told["safe"]), child.left_over())
             if found != (right, right, stage, safe, []) or seconds > SOON:
                 wrong.append((name, found, right, round(seconds, 1), told, child.told()))
-    with started(where, wanted, work) as child:
+    with started(where, start, wanted, work) as child:
         child.wait_for(a("run_done"))
         child.send(number)  # to end as stopped would have Kubernetes do all of it again
         assert child.end() == 0, child.told()
@@ -172,15 +219,17 @@ def stalled(where: Place, match: str | None) -> Iterator[Callable[[Child], None]
 
 
 @contextmanager
-def started(where: Place, wanted: Path, work: Path) -> Iterator[Child]:
+def started(
+    where: Place, start: Start, wanted: Path, work: Path, is_warm: bool = True
+) -> Iterator[Child]:
     """One start on this machine, which keeps its disk."""
     (where.folder / "termination.json").unlink(missing_ok=True)
-    with where.start(wanted, work, where.folder / f"{wanted.stem}-cache") as child:
+    with start(wanted, work, where.folder / f"{wanted.stem}-cache", is_warm) as child:
         yield child
 
 
 def test_killed_in_four_stages_each_start_on_an_empty_disk_ends_the_same(
-    where: Place, expected: dict[str, str]
+    where: Place, start: Start, expected: dict[str, str]
 ) -> None:
     wanted = spec(where, "killed")
     for be_there in (
@@ -189,11 +238,11 @@ def test_killed_in_four_stages_each_start_on_an_empty_disk_ends_the_same(
         lambda c: c.wait_for(a("stage_start", stage="merge")),
         lambda c: child_process(c, ".whole.gguf"),
     ):
-        with where.start(wanted) as child:
+        with start(wanted) as child:
             be_there(child)
             child.send(signal.SIGKILL, group=True)
             assert child.end() == -signal.SIGKILL
-    with where.start(wanted) as child:
+    with start(wanted, is_warm=False) as child:
         assert child.end() == 0, child.told()
         resumed = next(e["checkpoint"] for e in child.events if e["event"] == "resumed")
         assert resumed == "checkpoint-6"
@@ -201,17 +250,17 @@ def test_killed_in_four_stages_each_start_on_an_empty_disk_ends_the_same(
     assert where.results("killed") == expected
 
 
-def test_a_second_interrupt_ends_it_at_once(where: Place, expected: dict[str, str]) -> None:
+def test_a_second_interrupt_ends_it_at_once(where: Place, start: Start) -> None:
     wanted = spec(where, "twice")
-    with stalled(where, "PUT .*twice/checkpoints") as wait, where.start(wanted) as child:
+    with stalled(where, "PUT .*twice/checkpoints") as wait, start(wanted) as child:
         wait(child)
         child.send(signal.SIGINT)
         time.sleep(1)
         assert child.process.poll() is None  # the checkpoint is on its way, and waited for
-        start = time.monotonic()
+        told_at = time.monotonic()
         child.send(signal.SIGINT)
         assert child.end() == 130
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - told_at < 1
 
 
 # --- disks that are full
@@ -266,7 +315,7 @@ FULL: list[tuple[str, Callable[[Child], Any], int, str]] = [
 
 
 def test_a_full_disk_is_told_and_with_more_room_the_same_start_goes_on(
-    where: Place, expected: dict[str, str], tmp_path: Path
+    where: Place, start: Start, expected: dict[str, str], tmp_path: Path
 ) -> None:
     wanted = spec(where, "full", publish=[])
     with small_disk(tmp_path / "disk", 150) as disk:
@@ -274,7 +323,7 @@ def test_a_full_disk_is_told_and_with_more_room_the_same_start_goes_on(
         whole: set[str] = set()
         for stage, be_there, leave, named in FULL:
             held = SLOW["fetching"] if stage == "data" else None
-            with stalled(where, held) as wait, started(where, wanted, work) as child:
+            with stalled(where, held) as wait, started(where, start, wanted, work) as child:
                 be_there(child)
                 wait(child)
                 where.proxy.stall_s = 1.0
@@ -289,7 +338,7 @@ def test_a_full_disk_is_told_and_with_more_room_the_same_start_goes_on(
             whole |= done
             filler.unlink()
             resize(disk, 151)
-        with started(where, wanted, work) as child:
+        with started(where, start, wanted, work) as child:
             assert child.end() == 0, child.told()
             skipped = {e["stage"] for e in child.events if e["event"] == "stage_skipped"}
             assert skipped == {"data", "train", "adapter", "merge"}
@@ -341,7 +390,7 @@ def test_what_is_being_sent_is_not_removed_for_newer_ones(tmp_path: Path, keep: 
     assert kept.wait(10)
     assert told == []
     names = {entry.key.split("/")[1] for entry in store.entries() if entry.key.endswith(MARKER)}
-    assert names == {"checkpoint-1", "checkpoint-4"} if keep == 2 else {"checkpoint-4"}
+    assert names == ({"checkpoint-1", "checkpoint-4"} if keep == 2 else {"checkpoint-4"})
 
 
 def test_when_all_is_done_nothing_is_sent_after_it_was_removed(tmp_path: Path) -> None:

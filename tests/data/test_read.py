@@ -65,6 +65,11 @@ def _parquet(records: list[Any] = RECORDS) -> bytes:
     return file.getvalue()
 
 
+def gz(content: bytes | bytearray) -> bytes:
+    # Without the time: some are the names of tests, which must be the same in every process.
+    return gzip.compress(content, mtime=0)
+
+
 def zstd(content: bytes) -> bytes:
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as file:
@@ -81,7 +86,7 @@ CONTENT: dict[str, bytes] = {
     ".tsv": _table("\t"),
     ".parquet": _parquet(),
 }
-PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gz, ".zst": zstd}
 PLACES = {
     ".json": ["record 1", "record 2", "record 3"],
     ".parquet": ["row 1", "row 2", "row 3"],
@@ -237,13 +242,13 @@ TABLE = b"q,a\n1,2\n"
         ("a.parquet", b"PAR1 or not", "damaged or cut off"),
         ("a.parquet", _parquet()[:-20], "damaged or cut off"),
         ("a.parquet", _parquet()[20:], "damaged or cut off"),
-        ("a.parquet.gz", gzip.compress(b"junk"), "damaged or cut off"),
+        ("a.parquet.gz", gz(b"junk"), "damaged or cut off"),
         ("a.jsonl.gz", b"", "is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("a.jsonl.gz", gz(b""), "is empty"),
         ("a.jsonl.gz", b'{"a": 1}\n', "damaged or cut off: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(_lines())[:-12], "damaged or cut off"),
-        ("a.jsonl.gz", gzip.compress(_lines())[:-1], "damaged or cut off"),
-        ("a.json.gz", gzip.compress(_array())[:-12], "damaged or cut off"),
+        ("a.jsonl.gz", gz(_lines())[:-12], "damaged or cut off"),
+        ("a.jsonl.gz", gz(_lines())[:-1], "damaged or cut off"),
+        ("a.json.gz", gz(_array())[:-12], "damaged or cut off"),
         ("a.jsonl.zst", b"", "is empty"),
         ("a.jsonl.zst", b'{"a": 1}\n', "damaged or cut off: ZSTD"),
         ("a.csv.zst", zstd(_table(","))[:-3], "damaged or cut off: Truncated"),
@@ -381,7 +386,7 @@ def test_junk_never_ends_in_anything_but_an_error_of_ours(tmp_path: Path, name: 
     for attempt in range(150):
         content = bytearray(CONTENT.get(kind, b"one\ntwo\n"))
         if name.endswith(".gz"):
-            content = bytearray(gzip.compress(content))
+            content = bytearray(gz(content))
         for _ in range(chance.randint(1, 4)):
             at = chance.randrange(len(content) + 1)
             match chance.randrange(3):
@@ -426,7 +431,7 @@ def test_a_record_larger_than_a_piece_is_read_in_one(tmp_path: Path) -> None:
 
 def test_reading_lines_does_not_import_pyarrow(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b"{}\n"))
+    path.write_bytes(gz(b"{}\n"))
     program = (
         "import sys; from jobs.data.read import read_rows; from jobs.spec import Source; "
         f"list(read_rows(Source(source={str(path)!r}))); sys.exit('pyarrow' in sys.modules)"

@@ -53,7 +53,7 @@ def rows(tokenizer: ChatTokenizer) -> list[dict[str, list[int]]]:
 
 
 @pytest.fixture
-def make(tmp_path: Path, rows: list[dict[str, list[int]]]) -> Make:
+def make(tmp_path: Path, rows: list[dict[str, list[int]]], warm_converter: None) -> Make:
     """Make GGUF files of a model in tmp_path/gguf."""
 
     def run(kinds: list[str], merged: Path = BASE, **extras: Any) -> dict[str, Any]:

@@ -39,6 +39,7 @@ TOOLS = find_tools()
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("warm_converter"),
     pytest.mark.skipif(not TOKENIZERS.is_dir(), reason="no vocabularies in ../shared/tokenizers"),
     pytest.mark.skipif(TOOLS is None, reason="llama.cpp is not built: `lorajob tools`"),
 ]

@@ -22,6 +22,7 @@ FOUND = find_tools()
 TOOLS = FOUND or Path()
 built = pytest.mark.skipif(not FOUND, reason="llama.cpp is not built: `lorajob tools`")
 Change = Callable[[dict[str, Any]], None]
+pytestmark = pytest.mark.usefixtures("warm_converter")
 
 
 @pytest.fixture

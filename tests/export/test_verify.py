@@ -24,7 +24,7 @@ from jobs.spec import Spec
 from jobs.spec_source import load_spec
 from tests.conftest import BASE, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_converter")]
 
 Change = Callable[[Path], None]
 

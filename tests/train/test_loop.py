@@ -44,8 +44,15 @@ def spec(**train: Any) -> Spec:
 
 @pytest.fixture(scope="module")
 def prepared(tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared")
-    prepare(spec().data, Recipe(TokenizerFiles(BASE), "responses", 256, "drop", 3407), folder)
+    return prepared_of(tmp_path_factory.mktemp("prepared"))
+
+
+def prepared_of(folder: Path, limit: int | None = None) -> Path:
+    tree = spec().model_dump(mode="json")
+    tree["data"]["train"] = {"source": str(DATA / "persona.jsonl"), "limit": limit}
+    data = Spec.model_validate(tree).data
+    folder.mkdir(exist_ok=True)
+    prepare(data, Recipe(TokenizerFiles(BASE), "responses", 256, "drop", 3407), folder)
     return folder
 
 
@@ -167,12 +174,13 @@ def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(
 
 
 def test_packed_training_learns_what_unpacked_training_learns(
-    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
+    tokenizer: ChatTokenizer, tmp_path: Path
 ) -> None:
+    data = prepared_of(tmp_path / "data", limit=32)
     # All conversations in one step: packed or not, it is the same step.
-    whole = {"max_steps": 2, "batch_size": len(items_of(prepared)), "warmup": 0}
-    plain = run(tokenizer, prepared, tmp_path / "plain", **whole)
-    packed = run(tokenizer, prepared, tmp_path / "packed", **whole, packing=True)
+    whole = {"max_steps": 2, "batch_size": len(items_of(data)), "warmup": 0}
+    plain = run(tokenizer, data, tmp_path / "plain", **whole)
+    packed = run(tokenizer, data, tmp_path / "packed", **whole, packing=True)
     losses = [[e["loss"] for e in r["history"] if "loss" in e] for r in (plain, packed)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
