@@ -314,7 +314,8 @@ def _fuse_attention(
 ) -> list[Group]:
     """unsloth's attention looks for a function of this name, and else takes the plain one of its own
     module: so it does where modules have a bias."""
-    plain = getattr(sys.modules[type(attention).forward.__module__], f"original_{name}", None)
+    own = sys.modules.get(type(attention).forward.__module__)
+    plain = getattr(own, f"original_{name}", None)
     if plain is None or not all(is_plain(module) for module in modules):
         return []
     before = getattr(attention, name, plain)
@@ -361,7 +362,20 @@ def _fuse_mlp(mlp: Any, kernels: Kernels) -> list[Group]:
 
 def _takes(owner: Any, group: Group, x: torch.Tensor) -> bool:
     module = group.modules[0]
-    return owner.training and not module.disable_adapters and x.dtype == group.dtype
+    return (
+        owner.training
+        and not module.disable_adapters
+        and not module.merged
+        and x.dtype == group.dtype
+        # Within autocast to another type the products would be of that, and what they are added to not.
+        and not (torch.is_autocast_enabled(x.device.type) and cast_to(x) != x.dtype)
+        and not torch.compiler.is_compiling()  # unsloth's own functions are made for that
+    )
+
+
+def cast_to(x: torch.Tensor) -> torch.dtype:
+    """What autocast makes of it."""
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _cast_together(model: Any, halves: Halves) -> None:
@@ -370,6 +384,7 @@ def _cast_together(model: Any, halves: Halves) -> None:
     inner = model.get_base_model().model
 
     def before(*_: Any) -> None:
+        halves.drop()  # an interrupt may have left some
         if (
             model.training
             and torch.is_grad_enabled()

@@ -96,7 +96,7 @@ def reckon(
     layer = kept.layer()
     again = plan.checkpointing
     # All LoRA matrices once more in 16 bit while a part goes through (`jobs.train.fused_lora`).
-    halves = HALF * trained if kept.fused and not again else 0
+    halves = HALF * sum(_lora_sizes(shape, spec)) if kept.fused and not again else 0
     one = HALF * tokens * shape.hidden  # what goes into a layer, which is kept in any case
     activations = shape.layers * layer
     if again:
@@ -143,7 +143,7 @@ def is_rough(shape: Shape, spec: Spec, engine: Name) -> bool:
         or shape.norms != 2
         or spec.lora.dropout > 0
         or spec.model.load_in == "8bit"
-        or spec.lora.dora
+        or not takes_layers_whole(shape, spec)
         or bool(spec.lora.modules_to_save)
         or spec.train.optimizer.startswith(PAGED)
     )
@@ -151,18 +151,30 @@ def is_rough(shape: Shape, spec: Spec, engine: Name) -> bool:
 
 def _trained(shape: Shape, spec: Spec) -> tuple[int, float]:
     """The number of trained weights, and the bytes of AdamW's states for them."""
-    sizes: list[int] = []
-    rank = spec.lora.rank
-    for name in targets(shape, spec):
-        inputs, outputs = shape.linears[name]
-        sizes += shape.layers * [rank * inputs, rank * outputs]
-        if spec.lora.dora:
-            sizes += shape.layers * [outputs]
+    sizes = _lora_sizes(shape, spec)
+    if spec.lora.dora:
+        for name in targets(shape, spec):
+            sizes += shape.layers * [shape.linears[name][1]]
     for name in spec.lora.modules_to_save:
         if name in ("embed_tokens", "lm_head"):
             sizes.append(shape.vocabulary * shape.hidden)
     each, small = STATES[spec.train.optimizer.removeprefix(PAGED)], STATES["adamw"]
     return sum(sizes), sum(size * (small if size < SMALL else each) for size in sizes)
+
+
+def _lora_sizes(shape: Shape, spec: Spec) -> list[int]:
+    sizes: list[int] = []
+    for name in targets(shape, spec):
+        inputs, outputs = shape.linears[name]
+        sizes += shape.layers * [spec.lora.rank * inputs, spec.lora.rank * outputs]
+    return sizes
+
+
+def takes_layers_whole(shape: Shape, spec: Spec) -> bool:
+    """Whether unsloth's own functions for whole attentions and MLPs are used: with LoRA and no more
+    on every linear module."""
+    plain = spec.lora.bias == "none" and not spec.lora.dora
+    return plain and set(targets(shape, spec)) == set(shape.linears)
 
 
 def checkpoint_bytes(shape: Shape, spec: Spec) -> int:
@@ -188,10 +200,10 @@ class _Unsloth:
     def __init__(self, shape: Shape, spec: Spec, tokens: int, several: bool) -> None:
         self.shape, self.spec, self.tokens = shape, spec, tokens
         self.several = several  # conversations in a part, which a kernel of its own keeps apart
+        self.whole = takes_layers_whole(shape, spec)
         # Whether LoRA's matrices are taken together: see `jobs.train.fused_lora`.
-        self.fused = self.FUSES and not (
-            spec.lora.dropout or spec.lora.dora or spec.model.load_in == "8bit"
-        )
+        plain = self.whole and not spec.lora.dropout and spec.model.load_in != "8bit"
+        self.fused = self.FUSES and plain
         # The largest matrix in 16 bit: unsloth keeps the place for one.
         self.unpacked = 0 if spec.model.load_in == "16bit" else HALF * shape.hidden * shape.inner
 
@@ -200,7 +212,9 @@ class _Unsloth:
         s = self.shape
         values = s.norms * 2 * s.hidden  # what goes into each norm, and what comes out of it
         values += self._attention()
-        values += 2 * s.inner  # gate and up
+        # Gate and up; where unsloth does not take the whole MLP at once, what the activation makes of
+        # gate as well, and with LoRA on `down` the product.
+        values += 2 * s.inner if self.whole else 4 * s.inner
         if s.head_norms:
             values += s.q + s.kv
         if self.fused:

@@ -59,4 +59,11 @@ def compute_dtype(device: str) -> Any:
 
     if device == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if has_bf16() else torch.float16
+
+
+def has_bf16() -> bool:
+    """Whether the GPU has bfloat16; torch also says yes where it only imitates it, at a crawl."""
+    import torch
+
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

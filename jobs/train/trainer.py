@@ -24,6 +24,7 @@ from jobs.train.loss import evaluate
 from jobs.train.optimizer import OPTIMIZERS, AdamWTogether, optimizer_of
 from jobs.train.progress import Progress
 from jobs.train.rows import lengths_of
+from jobs.train.runtime import has_bf16
 
 Base: Any = engine().TRAINER
 
@@ -155,7 +156,7 @@ def arguments_of(train: Train, folder: Path, rows: int, evaluates: bool, device:
     epoch = math.ceil(rows / train.batch_size)  # steps
     steps = train.max_steps or math.ceil(epoch * train.epochs)
     warmup = int(train.warmup) if train.warmup >= 1 else math.ceil(train.warmup * steps)
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = device == "cuda" and has_bf16()
     return engine().ARGUMENTS(
         **engine().arguments(),
         output_dir=str(folder),

@@ -20,7 +20,7 @@ from jobs.train import cards
 from jobs.train.cards import CARDS, Card, find_card, known
 from jobs.train.engines import Name
 from jobs.train.fit import ENOUGH, MARGIN, Plan
-from jobs.train.memory import GIB, reckon
+from jobs.train.memory import GIB, is_rough, reckon
 from jobs.train.room import Room, does_not_fit, smallest_card, ways
 from jobs.train.shape import Shape, describes, read_shape
 
@@ -120,6 +120,15 @@ def test_more_tokens_take_more_and_checkpointing_takes_less(name: str, engine: N
 def test_a_row_longer_than_the_plan_goes_through_whole() -> None:
     spec = spec_of()
     assert reckon(LLAMA_8B, spec, Plan(512), 4096) == reckon(LLAMA_8B, spec, Plan(4096), 4096)
+
+
+def test_where_unsloth_takes_no_whole_layers_more_is_kept_and_said_to_be_rough() -> None:
+    plain = reckon(LLAMA_8B, spec_of(), Plan(2048), 512)
+    assert not is_rough(LLAMA_8B, spec_of(), "unsloth")
+    for options in ({"target": ["q_proj", "v_proj"]}, {"bias": "all"}, {"dora": True}):
+        spec = spec_of(lora=options)
+        assert reckon(LLAMA_8B, spec, Plan(2048), 512).activations > 1.2 * plain.activations
+        assert is_rough(LLAMA_8B, spec, "unsloth"), options
 
 
 def test_one_conversation_takes_more_than_several_of_its_length() -> None:
