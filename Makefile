@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
-# Test files run beside each other, on so many cores.
-WORKERS ?= 2
+# So many test files run beside each other: one more than two cores, because some tests mostly wait.
+WORKERS ?= 3
 CACHE  := $(or $(LORAJOB_CACHE),$(HOME)/.cache/lorajob)
 
 # The CPU build of torch for Python 3.11 on x86-64, where a registry or --find-links serves it; the

@@ -36,8 +36,9 @@ Form = Literal["16bit", "4bit"]
 LoadIn = Literal["4bit", "8bit", "16bit"]
 Read = Callable[[int, int], torch.Tensor]
 
-# Elements in a piece: what is made of it on the way stays in a core's cache. A GPU wants more at once.
-PIECE = {"cpu": 2**18, "cuda": 2**24}
+# Elements in a piece: with fewer, threads wait for Python's lock more than they reckon. A GPU wants
+# more at once.
+PIECE = {"cpu": 2**19, "cuda": 2**24}
 
 
 def merge(
@@ -176,7 +177,7 @@ class _Job:
 def _write(plan: _Plan, job: _Job, out: Path, observer: Observer) -> dict[str, Any]:
     """Write all files; returns their index."""
     threads = torch.get_num_threads()
-    workers = 2 if job.device == "cuda" else threads + 1  # one waits for the disk
+    workers = 2 if job.device == "cuda" else threads
     total, weight_map = 0, {}
     pool = ThreadPoolExecutor(workers, "merge", initializer=torch.set_num_threads, initargs=(1,))
     closed: list[Future[None]] = []
