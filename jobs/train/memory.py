@@ -105,8 +105,9 @@ def reckon(
     workspace = max(
         kept.backward(),
         kept.loss(card) - (layer - one) * again,  # when no layer is at work
-        # AdamW's temporary copy of a state, when there are no activations any more.
-        FULL * trained - activations,
+        # When there are no activations any more: AdamW's temporary copy of a state, and before it a
+        # part's gradients in 16 and in 32 bit, beside those of the parts before.
+        max(FULL * trained, 3 * halves) - activations,
     )
     return Estimate(
         weights=int(weights),

@@ -131,6 +131,14 @@ def test_where_unsloth_takes_no_whole_layers_more_is_kept_and_said_to_be_rough()
         assert is_rough(LLAMA_8B, spec, "unsloth"), options
 
 
+def test_large_matrices_and_short_parts_count_both_forms_of_a_parts_gradients() -> None:
+    spec = spec_of(lora={"rank": 512})
+    said = reckon(LLAMA_8B, spec, Plan(128), 128)
+    trained = 32 * 41_943_040
+    in_half = 2 * trained
+    assert said.activations + said.workspace > in_half + (2 + 4) * trained
+
+
 def test_one_conversation_takes_more_than_several_of_its_length() -> None:
     """Its attention is another kernel's, whose output is laid out anew."""
     spec = spec_of()
