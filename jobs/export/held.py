@@ -102,7 +102,7 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A flat float32 piece as packed 4-bit values and the blocks' scales.
 
     On a CPU bitsandbytes takes 40 ns for a weight, with a binary search for each. Counting the
-    bounds that it lies above gives the same in 1.3.
+    bounds that it lies above gives the same in 1.2.
     """
     count = values.numel()
     if values.device.type != "cpu" or count % BLOCK:

@@ -8,6 +8,7 @@ begins takes the row; where there is none, each conversation goes through SDPA b
 from __future__ import annotations
 
 import sys
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ PREFIX = "apart_"  # before the name of the implementation that takes everything
 FLASH_HEAD = 256  # the longest head of the flash kernels
 
 
+@cache  # each layer asks for each batch
 def no_varlen_kernel() -> str | None:
     """Why this machine has no flash kernel for rows of several conversations; None where it has."""
     if not torch.cuda.is_available():

@@ -14,6 +14,7 @@ y = x Wᵀ + s (x Aᵀ) Bᵀ (Hu et al. 2021, section 4.1); the gradients are th
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Group:
         self.down = tuple(module.lora_A[adapter].weight for module in self.modules)
         self.up = tuple(module.lora_B[adapter].weight for module in self.modules)
         self.scales = tuple(float(module.scaling[adapter]) for module in self.modules)
+        weight, state, _ = self.frozen()[0]
+        self.dtype: torch.dtype = weight.dtype if state is None else state.dtype
         self.halves: Tensors | None = None
         """All A as one matrix and each B, in 16 bit: while a batch goes through (see `Halves`)."""
 
@@ -53,11 +56,6 @@ class Group:
             (base.weight, getattr(base.weight, "quant_state", None), base.bias)
             for base in self.bases
         ]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        weight, state, _ = self.frozen()[0]
-        return weight.dtype if state is None else state.dtype
 
 
 def is_plain(module: Any) -> bool:
@@ -102,30 +100,40 @@ def _project_back(
 ) -> tuple[torch.Tensor, Tensors]:  # fmt: skip
     """The gradients of x and of `lora`. `inplace` writes the first over `flat`."""
     down, up = _taken(lora, len(group.bases), flat.dtype)
-    back = torch.empty_like(inner)  # gradient of x Aᵀ
-    up_gradients = []
+    back, of_up = _back_through_up(gradients, inner, up, group)
+    of_down = back.t() @ flat  # before anything is written over `flat`
+    x = _back_to_input(gradients, back, down, group, unpack, flat if inplace else None)
+    downs: Tensors = (of_down,)
+    if len(lora) > 1 + len(up):
+        downs = torch.split_with_sizes(of_down, [b.shape[1] for b in up])
+    return x, (*downs, *of_up)
+
+
+def _back_through_up(
+    gradients: list[torch.Tensor], inner: torch.Tensor, up: Tensors, group: Group
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The gradients of x Aᵀ, of all together, and of each B."""
+    back = torch.empty_like(inner)
+    of_up = []
     for y, b, kept, part, scale in zip(
         gradients, up, _parts(inner, up), _parts(back, up), group.scales, strict=True
     ):
         part.addmm_(y, b, beta=0, alpha=scale)
-        up_gradients.append(torch.empty_like(b).addmm_(y.t(), kept, beta=0, alpha=scale))
-    down_gradient = back.t() @ flat
+        of_up.append(torch.empty_like(b).addmm_(y.t(), kept, beta=0, alpha=scale))
+    return back, of_up
+
+
+def _back_to_input(
+    gradients: list[torch.Tensor], back: torch.Tensor, down: torch.Tensor, group: Group,
+    unpack: Unpack, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The gradient of x, from those of each y and of x Aᵀ; written to `out`, if given."""
     x: torch.Tensor | None = None
     for y, (weight, state, _) in zip(gradients, group.frozen(), strict=True):
         matrix = unpack(weight, state)
-        if x is None:
-            x = torch.mm(y, matrix, out=flat if inplace else None)
-        else:
-            x.addmm_(y, matrix)
+        x = torch.mm(y, matrix, out=out) if x is None else x.addmm_(y, matrix)
     assert x is not None
-    x.addmm_(back, down)
-    count = len(lora) - len(up)
-    downs = (
-        (down_gradient,)
-        if count == 1
-        else torch.split_with_sizes(down_gradient, [b.shape[1] for b in up])
-    )
-    return x, (*downs, *up_gradients)
+    return x.addmm_(back, down)
 
 
 def _taken(lora: Tensors, modules: int, dtype: torch.dtype) -> tuple[torch.Tensor, Tensors]:
@@ -187,13 +195,10 @@ class GatedMlp(torch.autograd.Function):
         x, inner, inner_down, gate, up, *lora = ctx.saved_tensors
         (first, second), unpack, inplace, act_back, count = ctx.told
         y = gradient.reshape(-1, gradient.shape[-1])
-        # The product is made again only after its gradient is known, so the two halves of
-        # `_project_back` are taken apart here.
-        down, (b,) = _taken(tuple(lora[count:]), 1, y.dtype)
-        ((weight, state, _),), (scale,) = second.frozen(), second.scales
-        back = torch.empty_like(inner_down).addmm_(y, b, beta=0, alpha=scale)
-        of_b = torch.empty_like(b).addmm_(y.t(), inner_down, beta=0, alpha=scale)
-        of_product = torch.mm(y, unpack(weight, state)).addmm_(back, down)
+        # The product is made again only after its gradient is known, and A's gradient needs it.
+        down, up_b = _taken(tuple(lora[count:]), 1, y.dtype)
+        back, of_b = _back_through_up([y], inner_down, up_b, second)
+        of_product = _back_to_input([y], back, down, second, unpack)
         product, of_up, of_gate = act_back(of_product, gate, up)
         of_a = back.t() @ product
         del product, of_product
@@ -201,7 +206,7 @@ class GatedMlp(torch.autograd.Function):
         dx, of_first = _project_back(
             [of_gate, of_up], flat, inner, first, tuple(lora[:count]), unpack, inplace
         )
-        return dx.view(x.shape), None, None, None, None, None, None, *of_first, of_a, of_b
+        return dx.view(x.shape), None, None, None, None, None, None, *of_first, of_a, *of_b
 
 
 class Halves:
@@ -210,6 +215,11 @@ class Halves:
     def __init__(self, groups: list[Group]) -> None:
         self.groups = groups
         self.parameters = [p for group in groups for p in group.parameters]
+        self.sizes = [p.numel() for p in self.parameters]
+        self.shapes: list[tuple[int, ...]] = []  # of the copies: all A of a group, and each B
+        for group in groups:
+            ranks = sum(a.shape[0] for a in group.down)
+            self.shapes += [(ranks, group.down[0].shape[1]), *(tuple(b.shape) for b in group.up)]
 
     def make(self) -> None:
         made = iter(_InHalf.apply(self, *self.parameters))  # type: ignore[no-untyped-call]
@@ -227,22 +237,12 @@ class _InHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, halves: Halves, *parameters: torch.Tensor) -> Tensors:
         ctx.halves = halves
-        sizes = [p.numel() for p in parameters]
-        whole = parameters[0].new_empty(sum(sizes), dtype=halves.groups[0].dtype)
+        whole = parameters[0].new_empty(sum(halves.sizes), dtype=halves.groups[0].dtype)
         torch._foreach_copy_(
-            torch.split_with_sizes(whole, sizes), [p.reshape(-1) for p in parameters]
+            torch.split_with_sizes(whole, halves.sizes), [p.reshape(-1) for p in parameters]
         )
-        outputs: list[torch.Tensor] = []
-        at = 0
-        for group in halves.groups:
-            inputs = group.down[0].shape[1]
-            ranks = sum(a.shape[0] for a in group.down)
-            outputs.append(whole[at : at + ranks * inputs].view(ranks, inputs))
-            at += ranks * inputs
-            for b in group.up:
-                outputs.append(whole[at : at + b.numel()].view(b.shape))
-                at += b.numel()
-        return tuple(outputs)
+        copies = torch.split_with_sizes(whole, [math.prod(shape) for shape in halves.shapes])
+        return tuple(part.view(shape) for part, shape in zip(copies, halves.shapes, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -252,8 +252,9 @@ class _InHalf(torch.autograd.Function):
         for group in groups:
             each += torch.split_with_sizes(next(given), [a.shape[0] for a in group.down])
             each += (next(given) for _ in group.up)
-        whole = each[0].new_empty(sum(g.numel() for g in each), dtype=groups[0].down[0].dtype)
-        full = torch.split_with_sizes(whole, [g.numel() for g in each])
+        sizes = ctx.halves.sizes
+        whole = each[0].new_empty(sum(sizes), dtype=groups[0].down[0].dtype)
+        full = torch.split_with_sizes(whole, sizes)
         shaped = [part.view(g.shape) for part, g in zip(full, each, strict=True)]
         torch._foreach_copy_(shaped, each)
         return (None, *shaped)
@@ -361,21 +362,16 @@ def _fuse_mlp(mlp: Any, kernels: Kernels) -> list[Group]:
 
 
 def _takes(owner: Any, group: Group, x: torch.Tensor) -> bool:
-    module = group.modules[0]
+    module, kind = group.modules[0], x.device.type
     return (
         owner.training
         and not module.disable_adapters
         and not module.merged
         and x.dtype == group.dtype
         # Within autocast to another type the products would be of that, and what they are added to not.
-        and not (torch.is_autocast_enabled(x.device.type) and cast_to(x) != x.dtype)
+        and not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype)
         and not torch.compiler.is_compiling()  # unsloth's own functions are made for that
     )
-
-
-def cast_to(x: torch.Tensor) -> torch.dtype:
-    """What autocast makes of it."""
-    return torch.get_autocast_dtype(x.device.type)
 
 
 def _cast_together(model: Any, halves: Halves) -> None:

@@ -57,11 +57,13 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_is_reckoned_is_what_was_measured(name: str) -> None:
     for rows, length, *measured in MEASURED[name]:
-        for checkpointing, most in zip((False, True), measured, strict=True):
+        for checkpointing, taken in zip((False, True), measured, strict=True):
             plan = Plan(rows * length, checkpointing)
             said = reckon(shape_of(name), spec_of(), plan, length, "unsloth", 139.7 * GIB)
-            off = said.allocated / GIB / most - 1
-            assert -0.02 < off < 0.03, (plan, off)
+            off = said.allocated / GIB / taken - 1
+            # Of what is made again so little stays with the 1B shape that a buffer more counts.
+            most = 0.03 if checkpointing and name == "llama-3.2-1b" else 0.02
+            assert -0.02 < off < most, (plan, off)
 
 
 def test_weights_are_those_of_the_tensors() -> None:
@@ -108,8 +110,10 @@ def test_more_tokens_take_more_and_checkpointing_takes_less(name: str, engine: N
             reckon(shape, spec, Plan(tokens, checkpointing), 512, engine).allocated
             for tokens in sizes
         ]
-        # The loss goes by powers of two of rows, so it may take a little less with more tokens.
-        assert all(more > 0.96 * less for less, more in pairwise(taken))
+        # The loss goes by powers of two of rows, so it may take a little less with more tokens: most
+        # with the vocabulary of Gemma.
+        least = 0.96 if name.startswith("gemma") else 0.98
+        assert all(more > least * less for less, more in pairwise(taken))
     for tokens in sizes:
         kept = reckon(shape, spec, Plan(tokens), 512, engine)
         again = reckon(shape, spec, Plan(tokens, checkpointing=True), 512, engine)
