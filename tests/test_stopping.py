@@ -188,7 +188,12 @@ def test_told_to_stop_anywhere_it_ends_soon_and_the_next_start_goes_on(
             child.send(number, group=number == signal.SIGINT)
             code, seconds = child.end(), time.monotonic() - told_at
             told = where.termination()
-            safe = safe or stage == "train"
+            # On a busy machine a short stage is over before the signal is there: the run is then in
+            # the next, and has to say so.
+            began = [event["stage"] for event in child.events if event["event"] == "stage_start"]
+            assert stage is None or stage in began, child.told()
+            stage = began[-1] if began else None
+            safe = safe or any(event["event"] == "checkpoint" for event in child.events)
             right = 20 if safe else 128 + number
             found = (code, told["code"], told["stage"], bool(told["safe"]), child.left_over())
             if found != (right, right, stage, safe, []) or seconds > SOON:

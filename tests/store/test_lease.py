@@ -79,7 +79,7 @@ class Told:
         self.lost.set()
 
     def hold(
-        self, store: Store, ttl: float = 2.0, wait: float = 10.0, who: str = "pod-a"
+        self, store: Store, ttl: float = 30.0, wait: float = 30.0, who: str = "pod-a"
     ) -> AbstractContextManager[Lease]:
         return held_lease(store, who, self.texts.append, self.on_lost, ttl, wait)
 
@@ -134,7 +134,7 @@ class Runs:
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(
-        self, name: str, ttl: float = 1, wait: float = 15, hold: float = 60
+        self, name: str, ttl: float = 1, wait: float = 45, hold: float = 90
     ) -> subprocess.Popen[bytes]:
         arguments = [self.place, name, str(ttl), str(wait), str(hold), str(self.shared)]
         process = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], cwd=ROOT)
@@ -144,7 +144,7 @@ class Runs:
     def said(self) -> list[str]:
         return self.shared.read_text().splitlines() if self.shared.exists() else []
 
-    def until(self, text: str, seconds: float = 20) -> float:
+    def until(self, text: str, seconds: float = 60) -> float:
         """Wait until a process has said this; how long it took."""
         start = time.monotonic()
         while text not in self.said():
@@ -209,9 +209,9 @@ def test_the_second_waits_for_the_first(place: LocalStore | S3Store, told: Told)
     entered = threading.Event()
 
     def first() -> None:
-        with told.hold(place, ttl=1, who="node-1 pod-a"):
+        with told.hold(place, ttl=3, who="node-1 pod-a"):
             entered.set()
-            time.sleep(1.4)  # longer than its ttl: only its renewals hold it
+            time.sleep(3.5)  # longer than its ttl: only its renewals hold it
             order.append("first leaves")
 
     thread = threading.Thread(target=first)
@@ -233,7 +233,7 @@ def test_the_second_leaves_with_a_message(place: LocalStore | S3Store, told: Tol
         start = time.monotonic()
         with pytest.raises(ServiceError) as caught, other.hold(place, wait=1.2):
             raise AssertionError("two have it")
-        assert 1 < time.monotonic() - start < 3
+        assert 1 < time.monotonic() - start < 10  # not the other's ttl
         lease.require()
     assert caught.value.exit_code == 10
     assert "in use by another run: node-1 pod-a, since 20" in caught.value.message
@@ -272,15 +272,18 @@ def test_a_store_that_needs_none_gets_one_that_is_never_lost(told: Told) -> None
 
 def test_the_record_names_the_holder_and_is_renewed(server: S3Server, told: Told) -> None:
     store = s3_store(server.new_bucket(), storage_class="STANDARD_IA")
-    with told.hold(store, ttl=1):
-        before = record(store)
-        time.sleep(1.5)
-        after = record(store)
+    with told.hold(store, ttl=3):
+        before, start = record(store), time.monotonic()
+        renewals = int(str(before["renewals"]))
+        while int(str((after := record(store))["renewals"])) < renewals + 3:
+            assert time.monotonic() - start < 20
+            time.sleep(0.05)
+        # Each third of its ttl; the first of them may have been due at once.
+        assert time.monotonic() - start > 1.8
         said = store.client.s3.head_object(Bucket=store.bucket, Key="runs/a/lease.json")
     assert set(before) == {"id", "who", "started", "ttl", "renewals"}
     assert before["who"] == "pod-a"
     assert after == {**before, "renewals": after["renewals"]}
-    assert 3 <= int(str(after["renewals"])) - int(str(before["renewals"])) <= 6
     assert "StorageClass" not in said, "rare classes bill a month for each renewal"
 
 
@@ -310,13 +313,13 @@ def test_another_file_of_that_name_is_left_alone(simulated: S3Server, told: Told
 
 
 def test_a_killed_holder_is_followed_after_its_ttl(runs_on_s3: Runs) -> None:
-    first = runs_on_s3.start("first", ttl=2)
+    first = runs_on_s3.start("first", ttl=4)
     runs_on_s3.until("first enter")
     runs_on_s3.start("second", ttl=60)  # it is the holder's ttl that counts
     runs_on_s3.until("second started")
     time.sleep(1)
     first.kill()
-    assert 1.0 < runs_on_s3.until("second enter") < 5
+    assert 2.0 < runs_on_s3.until("second enter") < 30
     # Nobody writes at the same time.
     said = [line.split()[0] for line in runs_on_s3.said() if line.endswith(("enter", "writes"))]
     assert said == sorted(said)
@@ -355,10 +358,10 @@ def test_a_stopped_holder_notices_before_it_writes(runs_on_s3: Runs) -> None:
     runs_on_s3.until("first writes")
     first.send_signal(signal.SIGSTOP)
     before = runs_on_s3.said().count("first writes")
-    runs_on_s3.start("second", ttl=1)
+    runs_on_s3.start("second", ttl=10)
     runs_on_s3.until("second writes")
     first.send_signal(signal.SIGCONT)
-    assert first.wait(10) == 0
+    assert first.wait(30) == 0
     # What it was about to say when it was stopped was allowed before that.
     assert runs_on_s3.said().count("first writes") <= before + 1
     assert runs_on_s3.said().count("first lost") == 1
@@ -368,13 +371,13 @@ def test_a_stopped_holder_notices_before_it_writes(runs_on_s3: Runs) -> None:
 
 
 def test_a_stopped_holder_that_nobody_followed_goes_on(runs_on_s3: Runs) -> None:
-    first = runs_on_s3.start("first", ttl=1, hold=2)
+    first = runs_on_s3.start("first", ttl=2, hold=4)
     runs_on_s3.until("first writes")
     first.send_signal(signal.SIGSTOP)
-    time.sleep(1.3)
+    time.sleep(2.3)
     first.send_signal(signal.SIGCONT)
     runs_on_s3.until("first leave")
-    assert first.wait(10) == 0
+    assert first.wait(30) == 0
     assert "first lost" not in runs_on_s3.said()
 
 
@@ -384,7 +387,7 @@ def test_a_killed_holder_of_a_folder_is_followed_at_once(runs_in_folder: Runs) -
     runs_in_folder.start("second")
     runs_in_folder.until("second started")
     first.kill()
-    assert runs_in_folder.until("second enter") < 4
+    assert runs_in_folder.until("second enter") < 15
 
 
 def test_a_forked_child_does_not_hold_a_folder_for_its_dead_parent(
@@ -442,9 +445,9 @@ def test_of_eight_at_once_never_two_are_inside(kind: str, request: pytest.Fixtur
     runs: Runs = request.getfixturevalue(f"runs_{'on_s3' if kind == 's3' else 'in_folder'}")
     names = [f"run{number}" for number in range(8)]
     for name in names:
-        runs.start(name, ttl=5, wait=40, hold=0.05)
+        runs.start(name, ttl=5, wait=90, hold=0.05)
     for process in runs.started:
-        assert process.wait(50) == 0
+        assert process.wait(100) == 0
     inside, done = "", []
     for line in runs.said():
         name, what = line.split(maxsplit=1)
@@ -473,8 +476,8 @@ def test_failing_requests_do_not_lose_it(
     with running_proxy(real.endpoint, rate=0.3, seed=1) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         store = s3_store(bucket)
-        with told.hold(store, ttl=3) as lease:
-            until = time.monotonic() + 15
+        with told.hold(store, ttl=5) as lease:
+            until = time.monotonic() + 60
             while proxy.injected.total() < 4:
                 assert time.monotonic() < until
                 lease.require()
@@ -495,13 +498,13 @@ def test_no_single_failure_loses_it(
         write = "PUT .*lease.json"
         # It was made and not answered: it has to be known again, and not waited for.
         proxy.fail("reset_after", write)
-        with told.hold(store, ttl=2, wait=0) as lease:
+        with told.hold(store, ttl=3, wait=0) as lease:
             # Each try has a content of its own: a repeated one would not show that it is alive.
             assert int(str(record(store)["renewals"])) >= 3
             for kind in ("reset_after", "stall", "status_503", "upload_cut"):
                 failed, before = proxy.injected.total(), int(str(record(store)["renewals"]))
                 proxy.fail(kind, write)
-                until = time.monotonic() + 5
+                until = time.monotonic() + 20
                 # The one that failed, and one that came after it.
                 while proxy.injected.total() == failed or int(str(record(store)["renewals"])) < before + 2:  # fmt: skip
                     assert time.monotonic() < until
@@ -518,13 +521,13 @@ def test_a_network_that_is_away_for_longer_than_the_ttl_loses_it(
     with running_proxy(real.endpoint, rate=0) as proxy:
         bucket = real.new_bucket()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        with told.hold(s3_store(bucket), ttl=2) as lease:
+        with told.hold(s3_store(bucket), ttl=4) as lease:
             lease.require()
             proxy.fail("reset_before", times=10_000)
             gone = time.monotonic()
-            assert told.lost.wait(5)
+            assert told.lost.wait(20)
             # Before anybody else may take it over.
-            assert 0.8 < time.monotonic() - gone < 2
+            assert 1.8 < time.monotonic() - gone < 4
             with pytest.raises(ServiceError, match="could not be renewed"):
                 lease.require()
             proxy.pause()
@@ -545,14 +548,14 @@ def test_a_network_that_hangs_keeps_nobody(
         proxy.stall_s = 30
         bucket = real.new_bucket()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        with told.hold(s3_store(bucket), ttl=2) as lease:
+        with told.hold(s3_store(bucket), ttl=3) as lease:
             proxy.fail("stall", times=10_000)
-            time.sleep(1.7)
+            time.sleep(2.6)
             start = time.monotonic()
             with pytest.raises(ServiceError):
                 lease.require()
-            assert time.monotonic() - start < 1
-        assert time.monotonic() - start < 2
+            assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 10
     assert len(told.losses) == 1
 
 
@@ -560,7 +563,7 @@ def test_a_lease_that_somebody_removed_is_lost(simulated: S3Server, told: Told) 
     store = s3_store(simulated.new_bucket())
     with told.hold(store, ttl=1) as lease:
         store.delete({"lease.json"})
-        assert told.lost.wait(3)
+        assert told.lost.wait(20)
         with pytest.raises(ServiceError, match="removed"):
             lease.require()
     assert len(told.losses) == 1
