@@ -173,7 +173,7 @@ def test_told_to_stop_anywhere_it_ends_soon_and_the_next_start_goes_on(
     prefix = f"told-{number.name.lower()}"
     wanted, work = spec(where, prefix), where.folder / prefix
     safe, wrong = False, []
-    for name, stage, be_there in PLACES:
+    for name, aimed, be_there in PLACES:
         if name not in names:
             continue
         # Ordinary starts are told so as well: all that a terminal's signal goes to.
@@ -191,7 +191,7 @@ def test_told_to_stop_anywhere_it_ends_soon_and_the_next_start_goes_on(
             # On a busy machine a short stage is over before the signal is there: the run is then in
             # the next, and has to say so.
             began = [event["stage"] for event in child.events if event["event"] == "stage_start"]
-            assert stage is None or stage in began, child.told()
+            assert aimed is None or aimed in began, child.told()
             stage = began[-1] if began else None
             safe = safe or any(event["event"] == "checkpoint" for event in child.events)
             right = 20 if safe else 128 + number
