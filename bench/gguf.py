@@ -91,7 +91,7 @@ def theirs(folder: Path, out: Path, tools: Path, threads: int, again: bool) -> N
             with_tokenizer(folder, merged)
         whole = out / "whole.gguf"
         client.convert(tools, merged, whole, "bf16", out / "log")
-        client.quantize(tools, whole, out / f"bench-{kind}.gguf", kind, threads, out / "log")
+        client.quantize(tools, whole, {kind: out / f"bench-{kind}.gguf"}, threads, out / "log")
         whole.unlink()
 
 
@@ -127,7 +127,7 @@ def used(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         try:
-            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
+            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_blocks * 512
         except OSError:  # removed meanwhile
             continue
     return total

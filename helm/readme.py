@@ -85,7 +85,9 @@ data are in that instead. The formula, with W for the base's 16-bit weights in b
 - checkpoints: `checkpoints.keep` + 2 of them, each trained weight with the optimizer's states; at
   least W / 10
 - merged weights: W
-- GGUF: W while they are made, and W × bits / 16 for each: {bits}
+- GGUF: W × bits / 16 for each, and W at least: they are made from a file of that size, which shrinks
+  as they grow (a file system that cannot give back parts of a file, as NFS before 4.2, needs W and
+  all of them): {bits}
 
 GiB for rank 16 and all linear layers, base included:
 

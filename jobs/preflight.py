@@ -18,7 +18,7 @@ from jobs.spec import Spec
 from jobs.store.base import KeyStore, Store
 from jobs.store.cache import cache_folder
 from jobs.store.connect import Connections
-from jobs.store.local import LocalStore, existing
+from jobs.store.local import LocalStore, can_punch, existing
 from jobs.store.retry import Retries
 from jobs.train.memory import BYTES_OF, HALF, checkpoint_bytes
 from jobs.train.modules import require_modules_of_weights
@@ -90,7 +90,7 @@ def preflight(spec: Spec, folder: Path, tell: Callable[[str], None], keep: bool)
         with in_field("checkpoints.to"):
             keeper.prove_writable(keep)
     disk = [
-        Need(folder, run_bytes(spec, base), "the run"),
+        Need(folder, run_bytes(spec, base, can_punch(folder)), "the run"),
         Need(cache_folder(), base.missing_bytes(), "the base model"),
         Need(cache_folder(), sum(o.missing_bytes() for o in origins.found), "the data"),
     ]
@@ -108,8 +108,9 @@ def _keeper(spec: Spec, connections: Connections) -> KeyStore | None:
     return None
 
 
-def run_bytes(spec: Spec, base: BaseModel) -> int:
-    """The most that the run's folder holds at one time, in bytes, from the base's size and shape."""
+def run_bytes(spec: Spec, base: BaseModel, punches: bool = True) -> int:
+    """The most that the run's folder holds at one time, in bytes, from the base's size and shape.
+    `punches`: its file system can give back parts of a file."""
     weights = base.weight_bytes()
     need = 0.1 * weights  # adapter, checkpoints, prepared data
     if shape := read_shape(base.config):
@@ -118,12 +119,20 @@ def run_bytes(spec: Spec, base: BaseModel) -> int:
     if spec.export.needs_llama_cpp:
         tokens = COMPARED_ROWS * spec.model.max_seq_length
         need += min(PREDICTIONS_BYTES, 4 * tokens * int(base.config.get("vocab_size") or 2**18))
-        if not {"bf16", "f16"} & set(spec.export.gguf):
-            need += weights  # the unquantized GGUF, while the others are made from it
         limit = spec.export.gguf_max_gib
         sizes = [weights * GGUF_BITS[kind] / 16 for kind in spec.export.gguf]
-        if limit:  # one file at a time is there whole and in pieces
-            need += max((size for size in sizes if size > limit * 2**30), default=0)
+        # One file at a time is there whole and in pieces.
+        split = max((size for size in sizes if limit and size > limit * 2**30), default=0)
+        # The unquantized GGUF goes while the others are made from it, but for the tensor they are at.
+        whole = 0.0 if {"bf16", "f16"} & set(spec.export.gguf) else weights
+        if whole and punches:
+            tensor = (
+                HALF
+                * int(base.config.get("vocab_size") or 0)
+                * int(base.config.get("hidden_size") or 0)
+            )
+            whole = max(0.0, whole - sum(sizes)) + tensor * sum(sizes) / weights
+        need += max(whole, split)
     return int(need) + result_bytes(spec, base)
 
 

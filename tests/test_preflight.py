@@ -67,6 +67,23 @@ def test_a_model_in_4_bit_needs_less_disk_and_none_the_least(base: BaseModel) ->
     assert needed[0] - needed[2] == pytest.approx(base.weight_bytes(), abs=1)
 
 
+def test_the_conversion_is_counted_until_its_types_are_larger(base: BaseModel) -> None:
+    def needed(kinds: list[str], punches: bool = True) -> int:
+        return run_bytes(spec(export={"gguf": kinds}), base, punches)
+
+    weights, embedding = base.weight_bytes(), 2 * 2048 * 256
+    of_one = 5.0 / 16  # q4_k_m
+    assert needed(["q4_k_m"], False) - needed(["q4_k_m"]) == pytest.approx(
+        of_one * (weights - embedding), abs=2
+    )
+    three = ["q8_0", "q5_k_m", "q4_k_m"]  # more than the conversion, together
+    assert needed(three, False) - needed(three) == pytest.approx(
+        weights - (8.5 + 5.8 + 5.0) / 16 * embedding, abs=2
+    )
+    # Where it is asked for it is one of the results.
+    assert needed([*three, "bf16"]) == needed([*three, "bf16"], False)
+
+
 def test_weights_whose_shape_is_not_known_count_whole(base: BaseModel) -> None:
     unknown = BaseModel(base.source, base.folder, {**base.config, "num_local_experts": 8})
     in_4_bit = spec(export={"merged": "4bit"})

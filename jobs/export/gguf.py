@@ -1,7 +1,7 @@
 """GGUF files from the merged model: one conversion, and every type made from it and measured.
 
-Each file is compared with the conversion as soon as it is written, so that the conversion, which is
-as large as the merged model, can go before anything else is done.
+The conversion is as large as the merged model. What it predicts is kept, to compare the types with,
+and it goes piece by piece while they are made, so that it and all of them are never there together.
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ class _Making:
             if extras.adapter:
                 result["adapter"] = self._adapter(extras.adapter)
                 ticker.advance(note="adapter")
+            if made:
+                self._quantize(made, result, consume=precision not in kinds)
             for kind in made:
-                self._quantize(kind, result)
+                self._measure(kind, result)
                 ticker.advance(note=kind)
             (self.out / PREDICTIONS).unlink(missing_ok=True)
             if precision in kinds:
@@ -138,25 +140,34 @@ class _Making:
         if not begins:
             add_no_bos(self.whole)
 
-    def _quantize(self, kind: str, result: dict[str, Any]) -> None:
-        target = self.out / file_name(self.name, kind)
+    def _quantize(self, kinds: list[str], result: dict[str, Any], consume: bool) -> None:
         matrix = self.out / imatrix_name(self.name)
-        answer = client.quantize(
-            self.tools, self.whole, target, kind, self.threads, self.log,
-            matrix if matrix.is_file() else None,
-        )  # fmt: skip
-        if answer["fallen"]:
-            result["fallen"][kind] = {
-                "tensors": answer["fallen"],
-                "of": sum(answer["types"].values()),
-            }
+        with self.observer.ticker("quantizing") as ticker:
+            answers = client.quantize(
+                self.tools, self.whole, {kind: self._target(kind) for kind in kinds}, self.threads,
+                self.log, ticker.at, matrix if matrix.is_file() else None, consume,
+            )  # fmt: skip
+        if consume:
+            self.whole.unlink()
+        for kind, answer in answers.items():
+            if answer["fallen"]:
+                result["fallen"][kind] = {
+                    "tensors": answer["fallen"],
+                    "of": sum(answer["types"].values()),
+                }
+
+    def _measure(self, kind: str, result: dict[str, Any]) -> None:
+        target = self._target(kind)
         result["sizes"][kind] = target.stat().st_size
         if self.extras.rows:
             result["quality"][kind] = self._score(target, against=self.out / PREDICTIONS)
         self._split(target)
 
+    def _target(self, kind: str) -> Path:
+        return self.out / file_name(self.name, kind)
+
     def _keep(self, precision: str, result: dict[str, Any]) -> None:
-        target = self.out / file_name(self.name, precision)
+        target = self._target(precision)
         self.whole.rename(target)
         result["sizes"][precision] = target.stat().st_size
         if self.extras.rows:

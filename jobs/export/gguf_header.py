@@ -16,6 +16,7 @@ from jobs.errors import AccessError
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
+ALIGNMENT = 32  # where a file says nothing of it (ggml/docs/gguf.md)
 ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 # Where a file does not say whether a beginning-of-sequence token goes first, llama.cpp decides by
@@ -30,6 +31,8 @@ class Tensor:
     """columns first, as GGUF has them"""
     type: int
     """one of `gguf.GGMLQuantizationType`"""
+    offset: int
+    """of its weights from where the first tensor's are, in bytes"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Header:
     places: dict[str, int]
     """where in the file each of the values is, in bytes from its start"""
     tensors: tuple[Tensor, ...]
+    data: int
+    """where the weights begin, in bytes from the file's start"""
 
 
 def read_header(path: Path) -> Header:
@@ -57,7 +62,9 @@ def read_header(path: Path) -> Header:
                 value = _value(file, kind)
                 if value is not None:
                     values[name], places[name] = value, place
-            return Header(values, places, tuple(_tensor(file) for _ in range(tensors)))
+            described = tuple(_tensor(file) for _ in range(tensors))
+            aligned = int(values.get("general.alignment", ALIGNMENT))
+            return Header(values, places, described, -(-file.tell() // aligned) * aligned)
     except OSError as error:
         raise AccessError(f"{path} cannot be read: {error.strerror}", "name a GGUF file") from None
     except (ValueError, KeyError, struct.error, UnicodeDecodeError) as error:
@@ -67,8 +74,8 @@ def read_header(path: Path) -> Header:
 def _tensor(file: IO[bytes]) -> Tensor:
     name = _text(file)
     shape = _take(file, f"{_take(file, 'I')[0]}Q")
-    kind, _ = _take(file, "IQ")
-    return Tensor(name, shape, kind)
+    kind, offset = _take(file, "IQ")
+    return Tensor(name, shape, kind, offset)
 
 
 def adds_bos(header: Header) -> bool:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
+from tempfile import NamedTemporaryFile
 from threading import Event
 from typing import Any
 
@@ -21,6 +22,7 @@ from jobs.store.hashing import FileEntry, sha256_of
 
 PARTIAL = ".partial-"
 FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk, or this user's share of it
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # fallocate(2), linux/falloc.h
 
 
 class LocalStore:
@@ -164,6 +166,28 @@ def reserve(descriptor: int, size: int) -> None:
     failed = fallocate and fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size))
     if failed and (number := ctypes.get_errno()) in FULL:
         raise OSError(number, os.strerror(number))
+
+
+def punch(path: Path, start: int, size: int) -> bool:
+    """Give the disk back the room that a part of a file takes, which reads as zeros from then on. False
+    where the file system cannot."""
+    fallocate = getattr(_libc(), "fallocate", None)
+    if fallocate is None:
+        return False
+    with path.open("r+b") as file:
+        mode = KEEP_SIZE | PUNCH_HOLE
+        return not fallocate(file.fileno(), mode, ctypes.c_int64(start), ctypes.c_int64(size))
+
+
+def can_punch(folder: Path) -> bool:
+    """Whether the file system of a folder that is there can do that."""
+    try:
+        with NamedTemporaryFile(dir=folder, prefix=PARTIAL) as file:
+            file.write(bytes(2**16))
+            file.flush()
+            return punch(Path(file.name), 0, 2**16)
+    except OSError:
+        return False
 
 
 @cache

@@ -29,6 +29,8 @@ from jobs.export.verify_gguf import GgufCheck, adapter_failures
 from jobs.observe.answers_table import types_table
 from jobs.observe.events import Observer
 from jobs.spec import NEED_IMATRIX, Export, GgufType, Spec, Verify
+from jobs.store.hashing import sha256_of
+from jobs.store.local import can_punch
 from tests.conftest import BASE
 
 TOOLS = find_tools()
@@ -95,7 +97,7 @@ def test_types_are_made_of_one_conversion_and_it_is_not_made_again(
 
         monkeypatch.setattr(client, name, counted)
     made = make(["q8_0", "bf16", "q2_k"])
-    assert done == ["convert", "quantize", "quantize"]
+    assert done == ["convert", "quantize"]
     assert {path.name for path in (tmp_path / "gguf").iterdir()} == {
         "tiny-Q8_0.gguf", "tiny-BF16.gguf", "tiny-Q2_K.gguf",
     }  # fmt: skip
@@ -109,6 +111,66 @@ def test_types_are_made_of_one_conversion_and_it_is_not_made_again(
         assert made["sizes"][kind] == size
         weights = 8 * size / quality[kind]["bits_per_weight"]
         assert weights == pytest.approx(3.94e6, rel=0.03)  # the header is in the size as well
+
+
+@built
+def test_types_made_together_are_those_made_alone(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    assert TOOLS is not None
+    whole, matrix, log = tmp_path / "whole.gguf", tmp_path / "matrix.gguf", tmp_path / "log"
+    tokens = tokenizer.ids_of(tokenizer.template.render(SAID[0]["messages"], []) * 4)
+    client.convert(TOOLS, BASE, whole, "bf16", log)
+    client.imatrix(TOOLS, whole, tokens, 512, matrix, 1, log)
+
+    def made(kinds: list[str]) -> dict[str, str]:
+        targets = {kind: tmp_path / f"{len(kinds)}-{kind}.gguf" for kind in kinds}
+        client.quantize(TOOLS, whole, targets, 2, log, imatrix=matrix)
+        return {kind: sha256_of(path) for kind, path in targets.items()}
+
+    kinds = ["q4_k_m", "iq2_s", "f16", "q8_0"]
+    together = made(kinds)
+    assert len(set(together.values())) == len(kinds)
+    assert together == {kind: made([kind])[kind] for kind in kinds}
+
+
+@built
+def test_the_conversion_goes_while_types_are_made_of_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Looked at after each tensor: never are all of both there."""
+    if not can_punch(tmp_path):
+        pytest.skip("this file system cannot give back parts of a file")
+    out, quantize = tmp_path / "gguf", client.quantize
+    most, sizes = 0, {}
+
+    def look(*_: int) -> None:
+        nonlocal most
+        most = max(most, sum(path.stat().st_blocks * 512 for path in out.glob("*.gguf")))
+
+    def watched(*args: Any) -> Any:
+        before = list(args)
+        before[5], sizes["whole"] = look, (out / making.WHOLE).stat().st_size
+        done = quantize(*before)
+        sizes["left"] = (out / making.WHOLE).stat().st_blocks * 512
+        return done
+
+    monkeypatch.setattr(client, "quantize", watched)
+    kinds = ["q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+    made = make(kinds)
+    largest = 2048 * 256 * 2  # bytes of the embedding in the conversion
+    together = sum(made["sizes"].values())
+    assert together > sizes["whole"]
+    assert sizes["whole"] < most < together + 2 * largest < sizes["whole"] + together
+    assert sizes["left"] < 2**20  # its header, and blocks that two tensors share
+    most = 0
+    make([*kinds, "bf16"])  # now it stays, being asked for
+    assert most > sizes["whole"] + together - 2 * largest
+    assert sizes["left"] >= sizes["whole"]
+
+
+@built
+def test_a_type_that_cannot_be_made_is_named_and_holds_no_other_up(make: Make) -> None:
+    with pytest.raises(VerificationError, match=r"to iq2_s \(code 1\)(.|\n)*importance matrix"):
+        make(["q8_0", "iq2_s", "q4_k_m"])
 
 
 @built

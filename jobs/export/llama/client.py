@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ FILE_TYPES = {
     "iq4_xs": 30, "iq1_m": 31, "bf16": 32,
 }  # fmt: skip
 WHOLE = ("f32", "f16", "bf16")
+
+Tell = Callable[[int, int], None]
 
 ROOT = Path(__file__).parents[3]
 
@@ -86,28 +89,35 @@ def _refused(what: str, log: Path, target: Path) -> VerificationError:
 
 
 def quantize(
-    tools: Path, source: Path, target: Path, kind: str, threads: int, log: Path,
-    imatrix: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Write `source` (a 16- or 32-bit GGUF) in another type. Raises VerificationError.
+    tools: Path, source: Path, targets: dict[str, Path], threads: int, log: Path,
+    tell: Tell = lambda done, total: None, imatrix: Path | None = None, consume: bool = False,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Write `source` (a 16- or 32-bit GGUF) in other types, all in one go; `tell` hears of tensors
+    done, of how many. Raises VerificationError.
 
-    Returns how many tensors have which type, and those that fell back to another than was meant.
+    Returns for each how many tensors have which type, and those that fell back to another than was
+    meant. Where it may `consume` the source, its weights are gone afterwards, in any case.
     """
-    answer = _ask(
+    wanted = [
+        {"path": str(target), "file_type": FILE_TYPES[kind], "block": block_of(kind)}
+        for kind, target in targets.items()
+    ]
+    made = _ask(
         tools,
-        {"do": "quantize", "source": str(source), "target": str(target),
-         "file_type": FILE_TYPES[kind], "block": block_of(kind), "threads": threads,
-         "imatrix": str(imatrix) if imatrix else None},
-        log,
-    )  # fmt: skip
-    if answer["code"] != 0 or not target.is_file():
-        tail = log.read_text("utf-8", "replace").strip().splitlines()[-5:]
-        _raise_if_disk_full(tail, target)
-        raise VerificationError(
-            f"llama.cpp could not quantize to {kind} (code {answer['code']}):\n" + "\n".join(tail),
-            f"its log is {log}",
-        )
-    return answer
+        {"do": "quantize", "source": str(source), "targets": wanted, "threads": threads,
+         "imatrix": str(imatrix) if imatrix else None, "consume": consume},
+        log, tell,
+    )["made"]  # fmt: skip
+    for (kind, target), answer in zip(targets.items(), made, strict=True):
+        if answer["code"] != 0 or not target.is_file():
+            said = [line for line in answer["said"].splitlines() if line.strip()][-5:]
+            _raise_if_disk_full(said, target)
+            raise VerificationError(
+                f"llama.cpp could not quantize to {kind} (code {answer['code']}):\n"
+                + "\n".join(said),
+                f"its log is {log}",
+            )
+    return dict(zip(targets, made, strict=True))
 
 
 def imatrix(
@@ -150,7 +160,9 @@ def pre_tokenizer(tools: Path, folder: Path, log: Path) -> str | None:
     return None if answer is None else str(answer)
 
 
-def _ask(tools: Path, request: dict[str, Any], log: Path) -> dict[str, Any]:
+def _ask(
+    tools: Path, request: dict[str, Any], log: Path, tell: Tell = lambda done, total: None
+) -> dict[str, Any]:
     read_fd, write_fd = os.pipe()
     with log.open("a") as file, os.fdopen(read_fd) as answer:
         process = subprocess.Popen(
@@ -163,7 +175,11 @@ def _ask(tools: Path, request: dict[str, Any], log: Path) -> dict[str, Any]:
             assert process.stdin is not None
             process.stdin.write(json.dumps(request))
             process.stdin.close()
-            text = answer.read()
+            last: Any = None
+            for line in answer:
+                last = json.loads(line)
+                if isinstance(last, list):
+                    tell(*last)
     if process.returncode != 0:
         tail = log.read_text("utf-8", "replace").strip().splitlines()[-4:]
         _raise_if_disk_full(tail, Path(request.get("target") or request.get("write") or log))
@@ -172,7 +188,7 @@ def _ask(tools: Path, request: dict[str, Any], log: Path) -> dict[str, Any]:
             + "\n".join(tail),
             f"the whole log is {log}",
         )
-    return json.loads(text)  # type: ignore[no-any-return]
+    return last  # type: ignore[no-any-return]
 
 
 # What those say who write: Python and the system, numpy, C++'s streams.

@@ -1,186 +1,175 @@
-"""Writing a GGUF file in another type, with an importance matrix where wanted. In the worker only."""
+"""Writing a GGUF file in other types, with an importance matrix where wanted. In the worker only.
+
+All types are written together, a tensor at a time: each tensor is read from the disk once, and its
+place in the source is given back when every type has it. So the disk never holds the source and all
+that is made of it at the same time. What libllama writes is the same, byte for byte.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import functools
+import math
+import re
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gguf
 import llama_cpp.llama_cpp as lib
-import numpy as np
 
-from jobs.export.gguf_header import read_header
-from jobs.export.llama.libllama import Model
+from jobs.export.gguf_header import Header, Tensor, read_header
+from jobs.export.llama.importance import read_importance
+from jobs.export.llama.libllama import ERROR, WARN
+from jobs.store.local import punch
 
-SUMS, COUNTS = ".in_sum2", ".counts"  # as llama.cpp's own importance matrices name them
-MUL_MAT, MUL_MAT_ID = b"MUL_MAT", b"MUL_MAT_ID"
+# Bytes of rows that libllama holds at once. Its own limit is 8 GiB, for each of the types: a large
+# vocabulary's embedding would take all of 4 GB, and goes no faster for it.
+BUFFER = 256 * 2**20
+
+# How libllama announces each tensor, the same ones in the same order for every type.
+BEGINS = re.compile(rb"\[ *\d+/ *\d+\] (\S+)")
+
+Progress = Callable[[int, int], None]
 
 
 def quantize(
-    source: str, target: str, file_type: int, block: int, threads: int, imatrix: str | None = None
+    source: str,
+    targets: list[dict[str, Any]],
+    threads: int,
+    tell: Progress,
+    imatrix: str | None = None,
+    consume: bool = False,
 ) -> dict[str, Any]:
-    """`block`: weights that the type takes together; a tensor whose columns are no multiple of it
-    gets another type, which libllama only mumbles about."""
-    params = lib.llama_model_quantize_default_params()
-    params.ftype = file_type
-    params.nthread = threads
-    held = _importance(imatrix) if imatrix else None
-    if held is not None:
-        params.imatrix = held[0]
-    code = lib.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params))
-    return {"code": code, **(_fallen(source, target, block) if code == 0 else {})}
+    """`targets`: for each the `path`, its `file_type` (enum llama_ftype), and the weights that the
+    type takes together (`block`): a tensor whose columns are no multiple of it gets another type,
+    which libllama only mumbles about. `tell` hears of tensors done, and of how many there are.
+
+    Where it may `consume` the source its weights are gone afterwards, also if this fails.
+    """
+    header = read_header(Path(source))
+    held = read_importance(imatrix) if imatrix else None
+    turns = _Turns(len(targets), header, Path(source) if consume else None, tell)
+
+    def one(place: int) -> int:
+        params = lib.llama_model_quantize_default_params()
+        params.ftype = targets[place]["file_type"]
+        params.nthread = threads
+        params.max_buf_size = BUFFER
+        if held is not None:
+            params.imatrix = held[0]
+        path = targets[place]["path"]
+        with turns.of(place):
+            return int(
+                lib.llama_model_quantize(source.encode(), path.encode(), ctypes.byref(params))
+            )
+
+    lib.llama_log_set(turns.log, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    with ThreadPoolExecutor(len(targets)) as pool:
+        codes = list(pool.map(one, range(len(targets))))
+    return {
+        "made": [
+            {"code": code, "said": said, **(_fallen(header, target) if code == 0 else {})}
+            for code, said, target in zip(codes, turns.said, targets, strict=True)
+        ]
+    }
 
 
-def _fallen(source: str, target: str, block: int) -> dict[str, Any]:
+class _Turns:
+    """Has several calls of libllama, each on a thread of its own, take one tensor after another, all
+    of them the same. They are held where libllama says which one comes next."""
+
+    def __init__(self, count: int, header: Header, consumed: Path | None, tell: Progress) -> None:
+        self.log = lib.llama_log_callback(self._log)
+        self.said = [""] * count  # warnings and errors of each
+        self._tell = tell
+        self._all = count * len(header.tensors)
+        self._ranges = {tensor.name: _range(header, tensor) for tensor in header.tensors}
+        self._consumed = consumed
+        self._mine = threading.local()
+        # All below are guarded by it.
+        self._changed = threading.Condition()
+        self._active = list(range(count))
+        self._next = 0  # whose turn it is
+        self._done = 0  # tensors, of all types together
+        self._current = ""  # the tensor that they are at
+
+    @contextmanager
+    def of(self, place: int) -> Iterator[None]:
+        """One of the calls is within. After it, whether it failed or not, the others go on."""
+        self._mine.place, self._mine.began = place, False
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._done += self._mine.began
+                if self._next == place:
+                    self._pass()
+                self._active.remove(place)
+                if not self._active:
+                    self._give_back()
+
+    def _log(self, level: int, text: bytes, _: Any) -> None:
+        try:
+            if begins := BEGINS.match(text):
+                self._begin(begins[1].decode())
+            elif level in (WARN, ERROR):
+                said = text.decode("utf-8", "replace")
+                print(said, end="", flush=True)
+                self.said[self._mine.place] += said
+        except Exception as error:  # none may go through C
+            print(f"{type(error).__name__}: {error}", flush=True)
+
+    def _begin(self, tensor: str) -> None:
+        place: int = self._mine.place
+        with self._changed:
+            if self._mine.began:  # so it has the one before
+                self._done += 1
+                self._pass()
+            self._mine.began = True
+            self._changed.wait_for(lambda: self._next == place)
+            if tensor != self._current:  # it is the first there: all have the one before
+                self._give_back()
+                self._current = tensor
+            done = self._done
+        self._tell(done, self._all)
+
+    def _pass(self) -> None:
+        """The turn goes to the next, from the last to the first."""
+        after = [place for place in self._active if place > self._next]
+        self._next = after[0] if after else self._active[0]
+        self._changed.notify_all()
+
+    def _give_back(self) -> None:
+        """The place of the tensor that all have now."""
+        if (
+            self._consumed
+            and self._current
+            and not punch(self._consumed, *self._ranges[self._current])
+        ):
+            self._consumed = None
+
+
+def _range(header: Header, tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's weights are in the file, and their bytes."""
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+    return header.data + tensor.offset, math.prod(tensor.shape) // block * size
+
+
+def _fallen(source: Header, target: dict[str, Any]) -> dict[str, Any]:
     """The tensors that could not have the type, with the one they have; and how many of each type."""
-    before = {tensor.name: tensor.type for tensor in read_header(Path(source)).tensors}
+    before = {tensor.name: tensor.type for tensor in source.tensors}
     types, fallen = Counter[str](), dict[str, str]()
-    for tensor in read_header(Path(target)).tensors:
+    for tensor in read_header(Path(target["path"])).tensors:
         name = gguf.GGMLQuantizationType(tensor.type).name
         types[name] += 1
         columns = tensor.shape[0]
-        if len(tensor.shape) < 2 or columns % block == 0 or block == 1:
+        if len(tensor.shape) < 2 or columns % target["block"] == 0 or target["block"] == 1:
             continue
         if tensor.type != before[tensor.name] or columns % 32:
             fallen[tensor.name] = name
     return {"types": dict(types), "fallen": fallen}
-
-
-def _importance(path: str) -> tuple[Any, list[Any]]:
-    """The matrix as libllama takes it, and what must live as long: mean squares of each column."""
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-    names = [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]
-    entries = (lib.llama_model_imatrix_data * (len(names) + 1))()  # the last one has no name
-    kept: list[Any] = [entries]
-    for entry, name in zip(entries, names, strict=False):
-        sums = np.atleast_2d(tensors[name + SUMS])
-        counts = tensors[name + COUNTS].reshape(-1, 1)
-        # An expert that no token went to says nothing: all its columns weigh the same.
-        means = np.where(counts > 0, sums / np.maximum(counts, 1), 1.0)
-        means = np.ascontiguousarray(means, dtype=np.float32)
-        entry.name = name.encode()
-        entry.data = means.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        entry.size = means.size
-        kept.append(means)
-    return ctypes.cast(entries, ctypes.POINTER(lib.llama_model_imatrix_data)), kept
-
-
-class _Tensor(ctypes.Structure):
-    """struct ggml_tensor of the pinned llama.cpp (ggml/include/ggml.h), up to its name."""
-
-
-_Tensor._fields_ = [
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.c_void_p),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-]
-F32 = 0
-
-
-def _is_layer(name: bytes) -> bool:
-    """A weight of the layers. Attention multiplies what is none, and the output head is quantized
-    better without, llama.cpp's authors found."""
-    return name.startswith(b"blk.") and name.endswith(b".weight")
-
-
-class _Collector:
-    """The sum of squares of every column of what is multiplied with each weight."""
-
-    def __init__(self) -> None:
-        from llama_cpp._ggml import libggml
-
-        # The numbers of ggml's operations change between versions; their names do not.
-        libggml.ggml_op_name.restype = ctypes.c_char_p
-        libggml.ggml_op_name.argtypes = [ctypes.c_int]
-        self.op_name = functools.cache(libggml.ggml_op_name)
-        self.sums: dict[str, Any] = {}
-        self.counts: dict[str, Any] = {}
-        self.error: Exception | None = None
-        self.callback = lib.ggml_backend_sched_eval_callback(self._seen)
-
-    def _seen(self, address: int, ask: bool, _: Any) -> bool:
-        tensor = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
-        op = self.op_name(tensor.op)
-        wanted = op in (MUL_MAT, MUL_MAT_ID) and _is_layer(tensor.src[0].contents.name)
-        if ask or not wanted:
-            return wanted or not ask
-        try:
-            self._add(tensor, op == MUL_MAT_ID)
-        except Exception as error:  # none may go through C
-            self.error = error
-            return False
-        return True
-
-    def _add(self, tensor: Any, experts: bool) -> None:
-        weight, given = tensor.src[0].contents, tensor.src[1].contents
-        name = weight.name.decode()
-        if given.type != F32 or given.nb[0] != 4:
-            raise RuntimeError(f"what is multiplied with {name} is not of type F32")
-        count = weight.ne[2] if experts else 1
-        sums = self.sums.setdefault(name, np.zeros((count, given.ne[0]), np.float32))
-        counts = self.counts.setdefault(name, np.zeros(count, np.float32))
-        rows = _array(given, ctypes.c_float)
-        if not experts:
-            flat = rows.reshape(-1, given.ne[0])
-            sums[0] += np.einsum("ij,ij->j", flat, flat)
-            counts[0] += len(flat)
-            return
-        chosen = _array(tensor.src[2].contents, ctypes.c_int32)[0, 0]  # tokens x experts of each
-        for place in range(chosen.shape[1]):
-            given_here = rows[0, :, place % rows.shape[2]]
-            for expert in np.unique(chosen[:, place]):
-                mine = given_here[chosen[:, place] == expert]
-                sums[expert] += np.einsum("ij,ij->j", mine, mine)
-                counts[expert] += len(mine)
-
-
-def _array(tensor: Any, kind: Any) -> Any:
-    """A tensor of the CPU's as numpy sees it, slowest dimension first, nothing copied."""
-    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
-    size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 4
-    memory = (ctypes.c_char * size).from_address(tensor.data)
-    return np.ndarray(shape, np.dtype(kind), memory, strides=strides)
-
-
-def imatrix(
-    model: str, tokens: list[int], chunk: int, target: str, threads: int, dataset: str
-) -> dict[str, Any]:
-    """Send the tokens through the model, a chunk at a time, and write what its weights were multiplied
-    with."""
-    collector = _Collector()
-    values = read_header(Path(model)).values
-    arch = values[gguf.Keys.General.ARCHITECTURE]
-    length = min(chunk, values.get(gguf.Keys.LLM.CONTEXT_LENGTH.format(arch=arch), chunk))
-    chunks = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    llm = Model(model, length, threads, collector.callback)
-    collector.sums.clear()  # of the warm-up
-    collector.counts.clear()
-    for part in chunks:
-        llm.read(part)
-        if collector.error:
-            raise collector.error
-    writer = gguf.GGUFWriter(target, arch="imatrix")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [dataset])
-    writer.add_uint32("imatrix.chunk_count", len(chunks))
-    writer.add_uint32("imatrix.chunk_size", length)
-    for name in sorted(collector.sums):
-        writer.add_tensor(name + SUMS, collector.sums[name])
-        writer.add_tensor(name + COUNTS, collector.counts[name].reshape(-1, 1))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return {"tensors": len(collector.sums), "tokens": len(tokens)}

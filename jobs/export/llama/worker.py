@@ -1,7 +1,8 @@
 """The child process that uses libllama: a JSON request on stdin.
 
-The answer is JSON on the file descriptor that the parent names, because libllama writes what it
-likes to standard output and standard error.
+The answer is a line of JSON on the file descriptor that the parent names, because libllama writes
+what it likes to standard output and standard error. Before it come lines [done, of how many], from
+what takes long.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,16 @@ def main() -> None:
     tools, answer_fd = Path(sys.argv[1]), int(sys.argv[2])
     # llama.cpp's own gguf package, which knows what its libllama writes, before an installed one.
     sys.path[:0] = [str(tools), str(tools / "gguf-py")]
-    from jobs.export.llama import files, probing, quantizing
+    from jobs.export.llama import files, importance, probing, quantizing
+
+    answers = os.fdopen(answer_fd, "w")
+
+    def tell(done: int, total: int) -> None:
+        print(json.dumps([done, total]), file=answers, flush=True)
 
     known: dict[str, Callable[..., dict[str, Any]]] = {
-        "quantize": quantizing.quantize,
-        "imatrix": quantizing.imatrix,
+        "quantize": partial(quantizing.quantize, tell=tell),
+        "imatrix": importance.imatrix,
         "probe": probing.probe,
         "score": probing.score,
         "tokenize": probing.tokenize,
@@ -31,8 +38,8 @@ def main() -> None:
     }
     request = json.load(sys.stdin)
     answer = known[request.pop("do")](**request)
-    with os.fdopen(answer_fd, "w") as file:
-        json.dump(answer, file)
+    with answers:
+        json.dump(answer, answers)
 
 
 if __name__ == "__main__":
