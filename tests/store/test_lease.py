@@ -206,17 +206,20 @@ def test_it_is_held_and_given_back(place: LocalStore | S3Store, told: Told) -> N
 def test_the_second_waits_for_the_first(place: LocalStore | S3Store, told: Told) -> None:
     other = Told()
     order: list[str] = []
-    entered = threading.Event()
+    entered, until = threading.Event(), time.monotonic() + 30
 
     def first() -> None:
         with told.hold(place, ttl=3, who="node-1 pod-a"):
             entered.set()
+            while not other.texts:  # until it waits
+                assert time.monotonic() < until
+                time.sleep(0.01)
             time.sleep(3.5)  # longer than its ttl: only its renewals hold it
             order.append("first leaves")
 
     thread = threading.Thread(target=first)
     thread.start()
-    assert entered.wait(5)
+    assert entered.wait(30)
     with other.hold(place) as lease:
         order.append("second enters")
         lease.require()
@@ -498,7 +501,7 @@ def test_no_single_failure_loses_it(
         write = "PUT .*lease.json"
         # It was made and not answered: it has to be known again, and not waited for.
         proxy.fail("reset_after", write)
-        with told.hold(store, ttl=3, wait=0) as lease:
+        with told.hold(store, ttl=6, wait=0) as lease:
             # Each try has a content of its own: a repeated one would not show that it is alive.
             assert int(str(record(store)["renewals"])) >= 3
             for kind in ("reset_after", "stall", "status_503", "upload_cut"):
