@@ -9,7 +9,7 @@ from threading import Lock, Thread
 
 Step = Callable[[], None]
 
-FIRST = 2  # threads that a Pace begins with
+FIRST = 1  # threads that a Pace begins with
 LOOK = 0.5  # seconds for which a throughput is measured
 WORTH = 1.2  # times the throughput that more threads have to bring to stay
 REST = 5.0  # seconds after which more are tried again

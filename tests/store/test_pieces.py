@@ -27,8 +27,7 @@ def settled(speed: Callable[[int], float], seconds: float = 60, most: int = 10) 
 def test_far_away_every_connection_helps() -> None:
     asked = settled(lambda threads: threads * 50e6)
     assert asked[0] == pieces.FIRST
-    assert max(asked[:20]) == 10  # within two seconds
-    assert set(asked[20:]) == {10}
+    assert set(asked[25:]) == {10}  # within two and a half seconds
 
 
 def test_nearby_few_are_enough_and_more_are_tried_only_now_and_then() -> None:
