@@ -10,6 +10,9 @@ vocabulary (`--tokenizer`, a folder with one of the model's size). The ways:
 - each: merging, converting and quantizing all over again for each type, as a script that is called
   with one type does.
 
+- unsloth: its own way, from a model that is loaded already (which is not in its time). Where there is a
+  GPU only, and not by default; it needs llama-quantize (see bench/peers/unsloth_gguf.py).
+
 All use the same converter and the same libllama; each way runs in a process of its own. The disk is
 looked at ten times a second: everything but the base and the adapter, which all ways need.
 """
@@ -32,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.export import SHAPES, make_base, merge_ours, merge_peft
+from jobs.train.runtime import device_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -43,6 +47,7 @@ WAYS = {
     "lorajob": "**lorajob**: merged as a stream, one conversion, each type from it",
     "once": "peft merges once; converted and quantized for each type",
     "each": "merged by peft, converted and quantized for each type",
+    "unsloth": "unsloth: `save_pretrained_gguf`, from the model as it is after training",
 }
 
 
@@ -109,8 +114,14 @@ def one(way: str, folder: Path, out: Path, threads: int) -> None:
             peak = max(peak, used(out))
 
     threading.Thread(target=look, daemon=True).start()
+    if way == "unsloth":
+        from bench.peers.unsloth_gguf import exporting
+
+        export = exporting(folder / "base", folder / "adapter", out, KINDS)
     start = time.monotonic()
-    if way == "lorajob":
+    if way == "unsloth":
+        export()
+    elif way == "lorajob":
         ours(folder, out, tools, threads)
     else:
         theirs(folder, out, tools, threads, way == "each")
@@ -159,7 +170,7 @@ def report(figures: dict[str, Any], threads: int) -> str:
     lines = [
         "# GGUF: one conversion for several types",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, no GPU, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {device_name()}, "
         f"{threads} threads: `python -m bench.gguf`",
         "",
         f"From base and adapter to {', '.join(KINDS)}; random weights in bfloat16, rank 16 on all linear "
@@ -190,7 +201,9 @@ def main() -> None:
     parser.add_argument("rest", nargs="*", type=Path)
     parser.add_argument("--work", type=Path, default=Path("/tmp/lorajob-bench-gguf"))
     parser.add_argument("--shapes", nargs="+", default=["1B"], choices=list(SHAPES))
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument(
+        "--ways", nargs="+", default=["lorajob", "once", "each"], choices=list(WAYS)
+    )
     parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()

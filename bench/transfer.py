@@ -19,6 +19,7 @@ import platform
 import re
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -402,19 +403,23 @@ Runs = dict[tuple[str, str, str], list[dict[str, float]]]  # (large or small, wa
 
 
 def table(runs: Runs, what: str, way: str, amount: float, unit: str, names: list[str]) -> list[str]:
-    """One of the four things, with the best run of each."""
+    """One of the four things, with the best run of each, and the median one beside it."""
     best = {n: min(runs[what, way, n], key=lambda r: r["seconds"]) for n in names}
     peak = {n: max(run["peak"] for run in runs[what, way, n]) for n in names}
+    middle = {n: statistics.median(run["seconds"] for run in runs[what, way, n]) for n in names}
     lines = [
-        f"| who | seconds | {unit} | its CPU seconds | peak memory | ours is as fast, times |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| who | seconds | {unit} | its CPU seconds | peak memory | ours is as fast, times | by the medians |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in names:
         seconds = best[name]["seconds"]
-        times = seconds / best["ours"]["seconds"]
+        times = (
+            f"**{seconds / best['ours']['seconds']:.2f}**",
+            f"{middle[name] / middle['ours']:.2f}",
+        )
         lines.append(
             f"| {TITLES[name]} | {seconds:.2f} | {amount / seconds:,.0f} | {best[name]['processor']:.2f} "
-            f"| {peak[name]:.0f} MB | {'' if name == 'ours' else f'**{times:.2f}**'} |"
+            f"| {peak[name]:.0f} MB | {' | '.join(['', ''] if name == 'ours' else times)} |"
         )
     return lines
 
