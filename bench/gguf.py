@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.export import SHAPES, make_base, merge_ours, merge_peft
-from jobs.train.runtime import device_name
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -166,11 +165,17 @@ def measure(
     shutil.rmtree(folder / "out", ignore_errors=True)
 
 
+def gpu() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
 def report(figures: dict[str, Any], threads: int) -> str:
     lines = [
         "# GGUF: one conversion for several types",
         "",
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {device_name()}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, {platform.machine()}, {gpu()}, "
         f"{threads} threads: `python -m bench.gguf`",
         "",
         f"From base and adapter to {', '.join(KINDS)}; random weights in bfloat16, rank 16 on all linear "
