@@ -191,7 +191,7 @@ def report(figures: dict[str, Any], threads: int) -> str:
         for way, text in WAYS.items():
             if not (mine := found.get(way)):
                 continue
-            slow = found.get("each") or found.get("once") or mine
+            slow = found.get("each") or found.get("once") or found.get("unsloth") or mine
             lines.append(
                 f"| {shape}, {found['size'] / 1e9:.1f} GB | {text} | {mine['seconds']:.0f} | "
                 f"{mine['seconds'] / slow['seconds']:.0%} | {mine['cpu']:.0f} | "

@@ -11,7 +11,7 @@ from jobs.base_model import BaseModel, open_base
 from jobs.data.origins import Origins, find_origins
 from jobs.data.tokenizer import ChatTokenizer, TokenizerFiles
 from jobs.errors import DoesNotFitError, in_field
-from jobs.export.gguf import COMPARED_ROWS, PREDICTIONS_BYTES
+from jobs.export.gguf import COMPARED_ROWS, PREDICTIONS_BYTES, precision_of
 from jobs.export.llama.build import find_tools, require_compiler
 from jobs.export.tokenizer_proof import require_possible
 from jobs.spec import Spec
@@ -113,7 +113,8 @@ def run_bytes(spec: Spec, base: BaseModel, punches: bool = True) -> int:
     `punches`: its file system can give back parts of a file."""
     weights = base.weight_bytes()
     need = 0.1 * weights  # adapter, checkpoints, prepared data
-    if shape := read_shape(base.config):
+    shape = read_shape(base.config)
+    if shape:
         # One more is written before the oldest is removed; the adapter is less than another.
         need = max(need, (spec.checkpoints.keep + 2) * checkpoint_bytes(shape, spec))
     if spec.export.needs_llama_cpp:
@@ -123,15 +124,13 @@ def run_bytes(spec: Spec, base: BaseModel, punches: bool = True) -> int:
         sizes = [weights * GGUF_BITS[kind] / 16 for kind in spec.export.gguf]
         # One file at a time is there whole and in pieces.
         split = max((size for size in sizes if limit and size > limit * 2**30), default=0)
-        # The unquantized GGUF goes while the others are made from it, but for the tensor they are at.
-        whole = 0.0 if {"bf16", "f16"} & set(spec.export.gguf) else weights
+        # The unquantized GGUF goes while the others are made from it, but for the tensor they are at:
+        # with a large vocabulary that is its embedding, which no type takes to less than q6_k.
+        whole = 0.0 if precision_of(base.config) in spec.export.gguf else weights
         if whole and punches:
-            tensor = (
-                HALF
-                * int(base.config.get("vocab_size") or 0)
-                * int(base.config.get("hidden_size") or 0)
-            )
-            whole = max(0.0, whole - sum(sizes)) + tensor * sum(sizes) / weights
+            bits = sum(max(GGUF_BITS[kind], GGUF_BITS["q6_k"]) for kind in spec.export.gguf)
+            tensor = HALF * shape.vocabulary * shape.hidden if shape else 0
+            whole = max(0.0, whole - sum(sizes)) + tensor * bits / 16
         need += max(whole, split)
     return int(need) + result_bytes(spec, base)
 

@@ -1,7 +1,8 @@
 """GGUF files from the merged model: one conversion, and every type made from it and measured.
 
 The conversion is as large as the merged model. What it predicts is kept, to compare the types with,
-and it goes piece by piece while they are made, so that it and all of them are never there together.
+and where it is not asked for itself it goes piece by piece while they are made (where the file system
+can do that), so that it and all of them are never there together.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ class Extras:
     """a larger file is split"""
     begins_with_bos: bool = True
     """whether conversations do: llama.cpp must add no such token where training had none"""
+
+
+def precision_of(config: dict[str, Any]) -> str:
+    """The type that a model with this config.json is converted to."""
+    return CONVERSION.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16")
 
 
 def file_name(name: str, kind: str) -> str:
@@ -95,7 +101,7 @@ class _Making:
     def make(self, kinds: list[str]) -> dict[str, Any]:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         config = json.loads((self.merged / "config.json").read_text("utf-8"))
-        precision = CONVERSION.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16")
+        precision = precision_of(config)
         extras = self.extras
         result: dict[str, Any] = {"conversion": precision, "sizes": {}, "quality": {}, "fallen": {}}
         # What the conversion is already is not made of it.

@@ -168,15 +168,14 @@ def reserve(descriptor: int, size: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def punch(path: Path, start: int, size: int) -> bool:
+def punch(descriptor: int, start: int, size: int) -> bool:
     """Give the disk back the room that a part of a file takes, which reads as zeros from then on. False
     where the file system cannot."""
     fallocate = getattr(_libc(), "fallocate", None)
     if fallocate is None:
         return False
-    with path.open("r+b") as file:
-        mode = KEEP_SIZE | PUNCH_HOLE
-        return not fallocate(file.fileno(), mode, ctypes.c_int64(start), ctypes.c_int64(size))
+    mode = KEEP_SIZE | PUNCH_HOLE
+    return not fallocate(descriptor, mode, ctypes.c_int64(start), ctypes.c_int64(size))
 
 
 def can_punch(folder: Path) -> bool:
@@ -185,7 +184,7 @@ def can_punch(folder: Path) -> bool:
         with NamedTemporaryFile(dir=folder, prefix=PARTIAL) as file:
             file.write(bytes(2**16))
             file.flush()
-            return punch(Path(file.name), 0, 2**16)
+            return punch(file.fileno(), 0, 2**16)
     except OSError:
         return False
 

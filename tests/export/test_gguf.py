@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -168,9 +169,26 @@ def test_the_conversion_goes_while_types_are_made_of_it(
 
 
 @built
-def test_a_type_that_cannot_be_made_is_named_and_holds_no_other_up(make: Make) -> None:
+def test_a_type_that_cannot_be_made_is_named_and_ends_the_others(make: Make) -> None:
     with pytest.raises(VerificationError, match=r"to iq2_s \(code 1\)(.|\n)*importance matrix"):
         make(["q8_0", "iq2_s", "q4_k_m"])
+
+
+@built
+def test_who_is_told_to_stop_does_not_wait_for_the_types(tmp_path: Path) -> None:
+    assert TOOLS is not None
+    whole, log, made = tmp_path / "whole.gguf", tmp_path / "log", tmp_path / "q8_0.gguf"
+    client.convert(TOOLS, BASE, whole, "bf16", log)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.quantize(TOOLS, whole, {"q8_0": made}, 1, log, stop)
+    size = made.stat().st_size
+    assert size < whole.stat().st_size / 2, "the first of 38 tensors was made, not all"
+    time.sleep(0.5)
+    assert made.stat().st_size == size
 
 
 @built

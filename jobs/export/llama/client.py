@@ -96,28 +96,27 @@ def quantize(
     done, of how many. Raises VerificationError.
 
     Returns for each how many tensors have which type, and those that fell back to another than was
-    meant. Where it may `consume` the source, its weights are gone afterwards, in any case.
+    meant. Where it may `consume` the source, its weights go meanwhile, in any case.
     """
     wanted = [
         {"path": str(target), "file_type": FILE_TYPES[kind], "block": block_of(kind)}
         for kind, target in targets.items()
     ]
-    made = _ask(
+    answer = _ask(
         tools,
         {"do": "quantize", "source": str(source), "targets": wanted, "threads": threads,
          "imatrix": str(imatrix) if imatrix else None, "consume": consume},
         log, tell,
-    )["made"]  # fmt: skip
-    for (kind, target), answer in zip(targets.items(), made, strict=True):
-        if answer["code"] != 0 or not target.is_file():
-            said = [line for line in answer["said"].splitlines() if line.strip()][-5:]
-            _raise_if_disk_full(said, target)
-            raise VerificationError(
-                f"llama.cpp could not quantize to {kind} (code {answer['code']}):\n"
-                + "\n".join(said),
-                f"its log is {log}",
-            )
-    return dict(zip(targets, made, strict=True))
+    )  # fmt: skip
+    if (failed := answer.get("failed")) is not None:
+        kind, target = list(targets.items())[failed]
+        said = [line for line in answer["said"].splitlines() if line.strip()][-5:]
+        _raise_if_disk_full(said, target)
+        raise VerificationError(
+            f"llama.cpp could not quantize to {kind} (code {answer['code']}):\n" + "\n".join(said),
+            f"its log is {log}",
+        )
+    return dict(zip(targets, answer["made"], strict=True))
 
 
 def imatrix(
@@ -171,18 +170,25 @@ def _ask(
             env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         os.close(write_fd)
-        with process:
+        last: Any = None
+        try:
             assert process.stdin is not None
             process.stdin.write(json.dumps(request))
             process.stdin.close()
-            last: Any = None
             for line in answer:
                 last = json.loads(line)
                 if isinstance(last, list):
                     tell(*last)
+        except BaseException:  # told to stop: it may have an hour to go
+            process.kill()
+            raise
+        finally:
+            process.wait()
     if process.returncode != 0:
         tail = log.read_text("utf-8", "replace").strip().splitlines()[-4:]
-        _raise_if_disk_full(tail, Path(request.get("target") or request.get("write") or log))
+        [first, *_] = request.get("targets") or [{}]
+        written = request.get("target") or request.get("write") or first.get("path")
+        _raise_if_disk_full(tail, Path(written or log))
         raise VerificationError(
             f"llama.cpp ended with code {process.returncode} at {request['do']}:\n"
             + "\n".join(tail),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import gguf
@@ -48,42 +49,49 @@ def quantize(
     type takes together (`block`): a tensor whose columns are no multiple of it gets another type,
     which libllama only mumbles about. `tell` hears of tensors done, and of how many there are.
 
-    Where it may `consume` the source its weights are gone afterwards, also if this fails.
+    Where it may `consume` the source, its weights go meanwhile, also if this fails. The first call
+    that fails ends it all: the others are left where they are, for the process ends after this.
     """
     header = read_header(Path(source))
     held = read_importance(imatrix) if imatrix else None
-    turns = _Turns(len(targets), header, Path(source) if consume else None, tell)
+    # By its descriptor: should this process outlive the run, the next one's file is another.
+    consumed = os.open(source, os.O_RDWR) if consume else None
+    turns = _Turns(len(targets), header, consumed, tell)
+    ended: SimpleQueue[tuple[int, int]] = SimpleQueue()
 
-    def one(place: int) -> int:
-        params = lib.llama_model_quantize_default_params()
-        params.ftype = targets[place]["file_type"]
-        params.nthread = threads
-        params.max_buf_size = BUFFER
-        if held is not None:
-            params.imatrix = held[0]
-        path = targets[place]["path"]
-        with turns.of(place):
-            return int(
-                lib.llama_model_quantize(source.encode(), path.encode(), ctypes.byref(params))
-            )
+    def one(place: int) -> None:
+        code = -1
+        try:
+            params = lib.llama_model_quantize_default_params()
+            params.ftype = targets[place]["file_type"]
+            params.nthread = threads
+            params.max_buf_size = BUFFER
+            if held is not None:
+                params.imatrix = held[0]
+            path = targets[place]["path"]
+            turns.enter(place)
+            code = lib.llama_model_quantize(source.encode(), path.encode(), ctypes.byref(params))
+        finally:
+            if code == 0:
+                turns.leave()
+            ended.put((place, int(code)))
 
     lib.llama_log_set(turns.log, ctypes.c_void_p(0))
     lib.llama_backend_init()
-    with ThreadPoolExecutor(len(targets)) as pool:
-        codes = list(pool.map(one, range(len(targets))))
-    return {
-        "made": [
-            {"code": code, "said": said, **(_fallen(header, target) if code == 0 else {})}
-            for code, said, target in zip(codes, turns.said, targets, strict=True)
-        ]
-    }
+    for place in range(len(targets)):
+        threading.Thread(target=one, args=[place], daemon=True).start()
+    for _ in targets:
+        place, code = ended.get()
+        if code:
+            return {"failed": place, "code": code, "said": turns.said[place]}
+    return {"made": [_fallen(header, target) for target in targets]}
 
 
 class _Turns:
     """Has several calls of libllama, each on a thread of its own, take one tensor after another, all
     of them the same. They are held where libllama says which one comes next."""
 
-    def __init__(self, count: int, header: Header, consumed: Path | None, tell: Progress) -> None:
+    def __init__(self, count: int, header: Header, consumed: int | None, tell: Progress) -> None:
         self.log = lib.llama_log_callback(self._log)
         self.said = [""] * count  # warnings and errors of each
         self._tell = tell
@@ -98,20 +106,17 @@ class _Turns:
         self._done = 0  # tensors, of all types together
         self._current = ""  # the tensor that they are at
 
-    @contextmanager
-    def of(self, place: int) -> Iterator[None]:
-        """One of the calls is within. After it, whether it failed or not, the others go on."""
+    def enter(self, place: int) -> None:
+        """Before one of the calls, on its thread."""
         self._mine.place, self._mine.began = place, False
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._done += self._mine.began
-                if self._next == place:
-                    self._pass()
-                self._active.remove(place)
-                if not self._active:
-                    self._give_back()
+
+    def leave(self) -> None:
+        """After it, where it has all its tensors: the others go on without it."""
+        with self._changed:
+            self._end_turn()
+            self._active.remove(self._mine.place)
+            if not self._active:
+                self._give_back()
 
     def _log(self, level: int, text: bytes, _: Any) -> None:
         try:
@@ -119,39 +124,37 @@ class _Turns:
                 self._begin(begins[1].decode())
             elif level in (WARN, ERROR):
                 said = text.decode("utf-8", "replace")
+                if (place := getattr(self._mine, "place", None)) is not None:
+                    self.said[place] += said
                 print(said, end="", flush=True)
-                self.said[self._mine.place] += said
-        except Exception as error:  # none may go through C
-            print(f"{type(error).__name__}: {error}", flush=True)
+        except BrokenPipeError:  # whoever wanted it is no more
+            os._exit(1)
+        except Exception as error:  # none may go through C; where the disk is full, nor be printed
+            with suppress(OSError):
+                print(f"{type(error).__name__}: {error}", flush=True)
 
     def _begin(self, tensor: str) -> None:
-        place: int = self._mine.place
         with self._changed:
-            if self._mine.began:  # so it has the one before
-                self._done += 1
-                self._pass()
+            if self._mine.began:
+                self._end_turn()
             self._mine.began = True
-            self._changed.wait_for(lambda: self._next == place)
+            self._changed.wait_for(lambda: self._next == self._mine.place)
             if tensor != self._current:  # it is the first there: all have the one before
                 self._give_back()
                 self._current = tensor
-            done = self._done
-        self._tell(done, self._all)
 
-    def _pass(self) -> None:
-        """The turn goes to the next, from the last to the first."""
+    def _end_turn(self) -> None:
+        """It has the tensor that it began. The turn goes to the next, from the last to the first."""
         after = [place for place in self._active if place > self._next]
         self._next = after[0] if after else self._active[0]
         self._changed.notify_all()
+        self._done += 1
+        self._tell(self._done, self._all)
 
     def _give_back(self) -> None:
         """The place of the tensor that all have now."""
-        if (
-            self._consumed
-            and self._current
-            and not punch(self._consumed, *self._ranges[self._current])
-        ):
-            self._consumed = None
+        if self._consumed is not None and self._current:
+            punch(self._consumed, *self._ranges[self._current])
 
 
 def _range(header: Header, tensor: Tensor) -> tuple[int, int]:
