@@ -127,7 +127,7 @@ def test_types_made_together_are_those_made_alone(tmp_path: Path, tokenizer: Cha
         client.quantize(TOOLS, whole, targets, 2, log, imatrix=matrix)
         return {kind: sha256_of(path) for kind, path in targets.items()}
 
-    kinds = ["q4_k_m", "iq2_s", "f16", "q8_0"]
+    kinds = ["q4_k_m", "iq4_xs", "f16", "q8_0"]
     together = made(kinds)
     assert len(set(together.values())) == len(kinds)
     assert together == {kind: made([kind])[kind] for kind in kinds}

@@ -6,9 +6,9 @@ import sys
 import time
 import traceback
 
-from tests.gpu import test_engines
+from tests.gpu import test_engines, test_fused
 
-MODULES = (test_engines,)
+MODULES = (test_engines, test_fused)
 
 
 def main(wanted: str) -> int:
