@@ -160,7 +160,8 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         try:
             stop.install(lambda: reached.grace, lambda: _end_now(reached))
-            _job(arguments, reached)
+            with stop.recognized():
+                _job(arguments, reached)
         except stop.Stop:
             raise _stopped(reached) from None
     except BaseException as error:
@@ -246,7 +247,8 @@ def _job(arguments: argparse.Namespace, reached: Reached) -> None:
         for text in warnings:
             observer.warn(text)
         try:
-            outcome = run(spec, folder, observer, given)
+            with stop.recognized():
+                outcome = run(spec, folder, observer, given)
         except LorajobError as error:
             observer.event(
                 "run_failed", code=error.exit_code, error=error.message, what_to_do=error.hint

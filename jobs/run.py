@@ -113,8 +113,9 @@ def _stages(job: Job, lease: Lease) -> Outcome:
     checkpoints.safe = before
     observer.reached.safe = lambda: _safe(job.stages, checkpoints)
     try:
-        trained = train_stage(job, data, checkpoints)
-        contents = _results(job, data, trained, lease)
+        with stop.recognized():
+            trained = train_stage(job, data, checkpoints)
+            contents = _results(job, data, trained, lease)
     except stop.Stop:
         if not stop.reason():
             left = stop.seconds_left(spec.limits.grace_seconds)

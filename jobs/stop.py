@@ -112,6 +112,23 @@ def check() -> None:
 
 
 @contextmanager
+def recognized() -> Iterator[None]:
+    """Within, what a library made of `Stop` is `Stop` again.
+
+    It may come in the middle of a library's code, and pydantic, for one, makes a SchemaError of whatever
+    comes while it builds a model.
+    """
+    try:
+        yield
+    except LorajobError:
+        raise
+    except Exception as error:
+        if _state.raised:
+            raise Stop from error
+        raise
+
+
+@contextmanager
 def deferred() -> Iterator[None]:
     """Within, a signal only makes `asked` true; it is raised at the end, or by `check`."""
     _state.deferred += 1
