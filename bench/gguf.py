@@ -9,7 +9,6 @@ vocabulary (`--tokenizer`, a folder with one of the model's size). The ways:
 - once: peft merges once; then, for each type, converted and quantized, the conversion removed.
 - each: merging, converting and quantizing all over again for each type, as a script that is called
   with one type does.
-
 - unsloth: its own way, from a model that is loaded already (which is not in its time). Where there is a
   GPU only, and not by default; it needs llama-quantize (see bench/peers/unsloth_gguf.py).
 
@@ -29,8 +28,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ VOCABULARY = {32000: "llama-2-spm", 128256: "llama-3"}
 
 WAYS = {
     "lorajob": "**lorajob**: merged as a stream, one conversion, each type from it",
+    "unsloth": "unsloth: `save_pretrained_gguf`, from the model as it is after training",
     "once": "peft merges once; converted and quantized for each type",
     "each": "merged by peft, converted and quantized for each type",
-    "unsloth": "unsloth: `save_pretrained_gguf`, from the model as it is after training",
 }
 
 
@@ -113,17 +113,17 @@ def one(way: str, folder: Path, out: Path, threads: int) -> None:
             peak = max(peak, used(out))
 
     threading.Thread(target=look, daemon=True).start()
+    export: Callable[[], None]
     if way == "unsloth":
         from bench.peers.unsloth_gguf import exporting
 
         export = exporting(folder / "base", folder / "adapter", out, KINDS)
-    start = time.monotonic()
-    if way == "unsloth":
-        export()
     elif way == "lorajob":
-        ours(folder, out, tools, threads)
+        export = partial(ours, folder, out, tools, threads)
     else:
-        theirs(folder, out, tools, threads, way == "each")
+        export = partial(theirs, folder, out, tools, threads, way == "each")
+    start = time.monotonic()
+    export()
     seconds = time.monotonic() - start
     over.set()
     cpu = sum(
@@ -188,10 +188,10 @@ def report(figures: dict[str, Any], threads: int) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for shape, found in figures.items():
-        for way, text in WAYS.items():
-            if not (mine := found.get(way)):
-                continue
-            slow = found.get("each") or found.get("once") or found.get("unsloth") or mine
+        ways = [way for way in WAYS if way in found]
+        slow = found[ways[-1]]
+        for way in ways:
+            mine, text = found[way], WAYS[way]
             lines.append(
                 f"| {shape}, {found['size'] / 1e9:.1f} GB | {text} | {mine['seconds']:.0f} | "
                 f"{mine['seconds'] / slow['seconds']:.0%} | {mine['cpu']:.0f} | "

@@ -26,6 +26,11 @@ WHOLE = ("f32", "f16", "bf16")
 
 Tell = Callable[[int, int], None]
 
+
+def untold(done: int, total: int) -> None:
+    """Nobody wants to hear of it."""
+
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -90,7 +95,7 @@ def _refused(what: str, log: Path, target: Path) -> VerificationError:
 
 def quantize(
     tools: Path, source: Path, targets: dict[str, Path], threads: int, log: Path,
-    tell: Tell = lambda done, total: None, imatrix: Path | None = None, consume: bool = False,
+    tell: Tell = untold, imatrix: Path | None = None, consume: bool = False,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Write `source` (a 16- or 32-bit GGUF) in other types, all in one go; `tell` hears of tensors
     done, of how many. Raises VerificationError.
@@ -159,9 +164,7 @@ def pre_tokenizer(tools: Path, folder: Path, log: Path) -> str | None:
     return None if answer is None else str(answer)
 
 
-def _ask(
-    tools: Path, request: dict[str, Any], log: Path, tell: Tell = lambda done, total: None
-) -> dict[str, Any]:
+def _ask(tools: Path, request: dict[str, Any], log: Path, tell: Tell = untold) -> dict[str, Any]:
     read_fd, write_fd = os.pipe()
     with log.open("a") as file, os.fdopen(read_fd) as answer:
         process = subprocess.Popen(
