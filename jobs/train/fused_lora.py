@@ -7,6 +7,10 @@ many it reads the same activations again and again. Here modules that share an i
 together, all matrices are cast at once, and what was multiplied with A is kept instead of made again.
 The numbers are the same, but for the order in which they are summed up.
 
+Where activations are made again, what a layer ends with is left out: the product of the MLP's last
+matrix, a quarter of a layer's operations, is asked for by nobody then but the layer after it, which
+has had it.
+
 With A (rank, inputs), B (outputs, rank), a frozen W (outputs, inputs) and the scale s, a module gives
 y = x Wᵀ + s (x Aᵀ) Bᵀ (Hu et al. 2021, section 4.1); the gradients are those of this product.
 """
@@ -24,6 +28,8 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 Tensors = tuple[torch.Tensor, ...]
+LLAMA_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
 Unpack = Callable[[torch.Tensor, Any], torch.Tensor]
 """A frozen matrix in 16 bit, from how it is held and its quantization state."""
 
@@ -100,7 +106,8 @@ def _project_back(
 ) -> tuple[torch.Tensor, Tensors]:  # fmt: skip
     """The gradients of x and of `lora`. `inplace` writes the first over `flat`."""
     down, up = _taken(lora, len(group.bases), flat.dtype)
-    back, of_up = _back_through_up(gradients, inner, up, group)
+    back = _back_through_up(gradients, up, group)
+    of_up = _of_up(gradients, inner, up, group)
     of_down = back.t() @ flat  # before anything is written over `flat`
     x = _back_to_input(gradients, back, down, group, unpack, flat if inplace else None)
     downs: Tensors = (of_down,)
@@ -109,18 +116,22 @@ def _project_back(
     return x, (*downs, *of_up)
 
 
-def _back_through_up(
-    gradients: list[torch.Tensor], inner: torch.Tensor, up: Tensors, group: Group
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The gradients of x Aᵀ, of all together, and of each B."""
-    back = torch.empty_like(inner)
-    of_up = []
-    for y, b, kept, part, scale in zip(
-        gradients, up, _parts(inner, up), _parts(back, up), group.scales, strict=True
-    ):
+def _back_through_up(gradients: list[torch.Tensor], up: Tensors, group: Group) -> torch.Tensor:
+    """The gradient of x Aᵀ, of all together."""
+    back = gradients[0].new_empty(gradients[0].shape[0], sum(b.shape[1] for b in up))
+    for y, b, part, scale in zip(gradients, up, _parts(back, up), group.scales, strict=True):
         part.addmm_(y, b, beta=0, alpha=scale)
-        of_up.append(torch.empty_like(b).addmm_(y.t(), kept, beta=0, alpha=scale))
-    return back, of_up
+    return back
+
+
+def _of_up(
+    gradients: list[torch.Tensor], inner: torch.Tensor, up: Tensors, group: Group
+) -> list[torch.Tensor]:
+    """The gradient of each B, from x Aᵀ."""
+    return [
+        torch.empty_like(b).addmm_(y.t(), part, beta=0, alpha=scale)
+        for y, b, part, scale in zip(gradients, up, _parts(inner, up), group.scales, strict=True)
+    ]
 
 
 def _back_to_input(
@@ -174,21 +185,27 @@ class GatedMlp(torch.autograd.Function):
     """down(act(gate(x)) * up(x)), of which only what gate and up gave is kept.
 
     `act` gives the product from both; `act_back` takes the product's gradient and both, and gives the
-    product again and the gradients of up and of gate, in their places.
+    product again and the gradients of up and of gate, in their places. Where what comes out is not
+    `needed`, zeros do.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, groups: tuple[Group, Group], unpack: Unpack, inplace: bool,
-        act: Any, act_back: Any, count: int, *lora: torch.Tensor,
+        needed: bool, act: Any, act_back: Any, count: int, *lora: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         (gate, up), inner = _project(x.reshape(-1, x.shape[-1]), groups[0], lora[:count], unpack)
-        shape = (*x.shape[:-1], gate.shape[-1])
-        product = act(gate.view(shape), up.view(shape)).view(gate.shape)
-        (y,), inner_down = _project(product, groups[1], lora[count:], unpack)
+        inner_down: torch.Tensor | None = None
+        if needed:
+            shape = (*x.shape[:-1], gate.shape[-1])
+            product = act(gate.view(shape), up.view(shape)).view(gate.shape)
+            (y,), inner_down = _project(product, groups[1], lora[count:], unpack)
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        else:
+            y = x.new_zeros(()).expand(*x.shape[:-1], lora[-1].shape[0])
         ctx.save_for_backward(x, inner, inner_down, gate, up, *lora)
         ctx.told = groups, unpack, inplace, act_back, count
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -197,16 +214,18 @@ class GatedMlp(torch.autograd.Function):
         y = gradient.reshape(-1, gradient.shape[-1])
         # The product is made again only after its gradient is known, and A's gradient needs it.
         down, up_b = _taken(tuple(lora[count:]), 1, y.dtype)
-        back, of_b = _back_through_up([y], inner_down, up_b, second)
+        back = _back_through_up([y], up_b, second)
         of_product = _back_to_input([y], back, down, second, unpack)
         product, of_up, of_gate = act_back(of_product, gate, up)
-        of_a = back.t() @ product
+        if inner_down is None:
+            inner_down = product @ down.t()
+        of_a, of_b = back.t() @ product, _of_up([y], inner_down, up_b, second)
         del product, of_product
         flat = x.reshape(-1, x.shape[-1])
         dx, of_first = _project_back(
             [of_gate, of_up], flat, inner, first, tuple(lora[:count]), unpack, inplace
         )
-        return dx.view(x.shape), None, None, None, None, None, None, *of_first, of_a, *of_b
+        return dx.view(x.shape), *[None] * 7, *of_first, of_a, *of_b
 
 
 class Halves:
@@ -269,6 +288,8 @@ class Kernels:
     """By its function for a whole MLP: the activation there and back (see `GatedMlp`)."""
     may_overwrite: Callable[[torch.Tensor], bool]
     """Whether nobody needs a layer's input any more once its gradient is known."""
+    made_again: Callable[[], bool]
+    """Whether a layer is gone through once more for its gradients, and what it gives is not looked at."""
 
 
 def fuse(model: Any) -> int:
@@ -277,6 +298,7 @@ def fuse(model: Any) -> int:
     if not torch.cuda.is_available():
         return 0  # where unsloth has none of its own functions either
     from unsloth.kernels import fast_lora as own
+    from unsloth_zoo.gradient_checkpointing import in_gradient_checkpoint_recompute
 
     def unpack(weight: torch.Tensor, state: Any) -> torch.Tensor:
         found: torch.Tensor = (
@@ -293,21 +315,31 @@ def fuse(model: Any) -> int:
             own.geglu_approx_forward_kernel, own.geglu_approx_backward_kernel,
         ),
     }  # fmt: skip
-    return fuse_with(model, Kernels(unpack, activations, own._may_overwrite_input))
+    return fuse_with(
+        model,
+        Kernels(unpack, activations, own._may_overwrite_input, in_gradient_checkpoint_recompute),
+    )
 
 
 def fuse_with(model: Any, kernels: Kernels) -> int:
     groups: list[Group] = []
+    last = {id(layer.mlp) for layer in model.modules() if _ends_with_its_mlp(layer)}
     for module in list(model.modules()):
         if hasattr(module, "q_proj") and hasattr(module, "o_proj"):
             projections = (module.q_proj, module.k_proj, module.v_proj)
             groups += _fuse_attention(module, "apply_qkv", projections, kernels)
             groups += _fuse_attention(module, "apply_o", (module.o_proj,), kernels)
         elif hasattr(module, "gate_proj") and hasattr(module, "down_proj"):
-            groups += _fuse_mlp(module, kernels)
+            groups += _fuse_mlp(module, kernels, id(module) in last)
     if groups:
         _cast_together(model, Halves(groups))
     return len(groups)
+
+
+def _ends_with_its_mlp(layer: Any) -> bool:
+    """Whether what a layer's MLP gives is added to what it got and nothing else, as in Llama; Gemma-2
+    has one more norm there, whose gradient needs it."""
+    return {name for name, _ in layer.named_children()} == LLAMA_LAYER
 
 
 def _fuse_attention(
@@ -335,7 +367,8 @@ def _fuse_attention(
     return [group]
 
 
-def _fuse_mlp(mlp: Any, kernels: Kernels) -> list[Group]:
+def _fuse_mlp(mlp: Any, kernels: Kernels, last: bool) -> list[Group]:
+    """`last`: what it gives is what its layer gives, but for a sum."""
     before = mlp.forward
     function: Any = getattr(before, "__func__", None)
     options: dict[str, Any] = {}
@@ -351,11 +384,13 @@ def _fuse_mlp(mlp: Any, kernels: Kernels) -> list[Group]:
         if not _takes(mlp, first, x):
             return before(x, *args, **kwargs)
         inplace = options.get("inplace", True) and kernels.may_overwrite(x)
+        needed = not (last and kernels.made_again())
         lora = first.lora()
         gated: Any = GatedMlp
         return gated.apply(
-            x, (first, second), kernels.unpack, inplace, *known, len(lora), *lora, *second.lora()
-        )
+            x, (first, second), kernels.unpack, inplace, needed, *known, len(lora), *lora,
+            *second.lora(),
+        )  # fmt: skip
 
     mlp.forward = forward
     return [first, second]

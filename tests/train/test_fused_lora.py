@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from jobs.train.fused_lora import (
     GatedMlp,
@@ -134,7 +135,7 @@ def test_a_gated_mlp(inplace: bool, together: bool) -> None:
             halves.make()
         lora = first.lora()
         return function.apply(
-            leaf, (first, second), as_it_is, inplace, lambda e, g: silu(e) * g, act_back,
+            leaf, (first, second), as_it_is, inplace, True, lambda e, g: silu(e) * g, act_back,
             len(lora), *lora, *second.lora(),
         )  # fmt: skip
 
@@ -204,7 +205,18 @@ def apply_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-KERNELS = Kernels(as_it_is, {apply_mlp: (lambda e, g: silu(e) * g, act_back)}, lambda x: True)
+class Again:
+    """Whether layers are gone through again; and how often the activation was made."""
+
+    now, made = False, 0
+
+
+def act(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    Again.made += 1
+    return silu(gate) * up
+
+
+KERNELS = Kernels(as_it_is, {apply_mlp: (act, act_back)}, lambda x: True, lambda: Again.now)
 
 
 class SelfAttention(torch.nn.Module):
@@ -229,31 +241,50 @@ class GatedLinear(torch.nn.Module):
 
 
 class Layers(torch.nn.Module):
-    def __init__(self) -> None:
+    """One layer as Llama's; with `norm`, as Gemma-2's, which has a norm after its MLP."""
+
+    def __init__(self, norm: bool) -> None:
         super().__init__()
-        self.attention, self.mlp = SelfAttention(), GatedLinear()
+        self.self_attn, self.mlp = SelfAttention(), GatedLinear()
+        self.input_layernorm = torch.nn.RMSNorm(INPUTS)
+        self.post_attention_layernorm = torch.nn.RMSNorm(INPUTS)
+        if norm:
+            self.post_feedforward_layernorm = torch.nn.RMSNorm(INPUTS)
+        self.norm = norm
         self.gradient_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(x * 1)  # a copy, as a norm makes one: it may be written over
-        found: torch.Tensor = x + self.mlp(x * 1)
-        return found
+        if not self.gradient_checkpointing:
+            return self.layer(x)
+        return checkpoint(self.again, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    def again(self, x: torch.Tensor) -> torch.Tensor:
+        Again.now = torch.is_grad_enabled()  # not so the first time
+        try:
+            return self.layer(x)
+        finally:
+            Again.now = False
+
+    def layer(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x))
+        y: torch.Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + (self.post_feedforward_layernorm(y) if self.norm else y)
 
 
 class Whole(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: bool) -> None:
         super().__init__()
-        self.model = Layers()
+        self.model = Layers(norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.model(x)
         return found
 
 
-def whole(**options: Any) -> Any:
+def whole(norm: bool = False, **options: Any) -> Any:
     torch.manual_seed(1)
     targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    model = get_peft_model(Whole(), LoraConfig(r=RANK, target_modules=targets, **options))
+    model = get_peft_model(Whole(norm), LoraConfig(r=RANK, target_modules=targets, **options))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float64)
         if "lora_" in name:
@@ -261,14 +292,18 @@ def whole(**options: Any) -> Any:
     return model.train()
 
 
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_gives_the_same_with_its_layers_fused(checkpointing: bool) -> None:
-    model = whole()
+def test_a_model_gives_the_same_with_its_layers_fused(checkpointing: bool, norm: bool) -> None:
+    model = whole(norm)
     x = torch.randn(2, 5, INPUTS, dtype=torch.float64)
     expected = seen(model, x, model)
     assert fuse_with(model, KERNELS) == 4
     model.get_base_model().model.gradient_checkpointing = checkpointing
+    Again.made = 0
     assert_same(seen(model, x, model), expected)
+    # Gone through again, an MLP that ends its layer stops before its last matrix.
+    assert Again.made == (2 if checkpointing and norm else 1)
 
 
 def test_matrices_are_cast_once_for_a_batch_and_not_where_layers_are_gone_through_again(
@@ -287,14 +322,14 @@ def test_matrices_are_cast_once_for_a_batch_and_not_where_layers_are_gone_throug
         if "lora_" in name:
             parameter.data = parameter.data.float()
     assert fuse_with(model, KERNELS) == 4
-    attention = model.get_base_model().model.attention
+    attention = model.get_base_model().model.self_attn
     x = torch.randn(2, 5, INPUTS, dtype=torch.bfloat16)
     for _ in range(2):
         model(x).float().sum().backward()
     assert len(made) == 2
     assert attention.q_proj.lora_A["default"].weight.grad.dtype == torch.float32
     model.get_base_model().model.gradient_checkpointing = True
-    model(x).float().sum().backward()
+    model(x.requires_grad_()).float().sum().backward()
     with torch.no_grad():
         model(x)
     model.eval()(x)
@@ -318,4 +353,4 @@ def test_what_does_not_train_goes_as_before(monkeypatch: pytest.MonkeyPatch) -> 
 def test_layers_with_more_than_lora_are_left_as_they_are() -> None:
     assert fuse_with(whole(lora_dropout=0.1), KERNELS) == 0
     # An MLP whose activation is not known.
-    assert fuse_with(whole(), Kernels(as_it_is, {}, lambda x: True)) == 2
+    assert fuse_with(whole(), Kernels(as_it_is, {}, lambda x: True, lambda: False)) == 2
