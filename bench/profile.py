@@ -3,7 +3,8 @@
     python3 -m bench.profile --tokenizer FOLDER --data FILE ... [--base FOLDER]
 
 Two optimizer steps of `bench.train`'s 8B shape with 64 rows and with 8, one after the other in one
-process, so that imports and compiling are paid once. Prints markdown.
+process, so that imports and compiling are paid once; `--batches 64,64@12` is with 64 rows, and with
+64 within 12 GiB. Prints markdown.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--base", type=Path, help="where the base is or is made, and kept")
-    parser.add_argument("--batches", default="64,8", help="rows a step, with commas")
+    parser.add_argument("--batches", default="64,8", help="rows a step, and @ GiB; with commas")
     parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
     parser.add_argument("--engine", choices=("unsloth", "transformers"), default="unsloth")
     parser.add_argument("--out", type=Path, help="the markdown goes there too")
@@ -52,8 +53,10 @@ def main() -> None:
         }
         prepare(case)
         texts = []
-        for batch in arguments.batches.split(","):
-            texts.append(profile({**case, "batch": int(batch)}, arguments.warmup))
+        for named in arguments.batches.split(","):
+            batch, _, gib = named.partition("@")
+            limited = {"batch": int(batch), "gib": float(gib) if gib else None}
+            texts.append(profile({**case, **limited}, arguments.warmup))
             print(texts[-1], flush=True)
             if arguments.out:
                 arguments.out.write_text("\n".join(texts), "utf-8")
@@ -95,8 +98,9 @@ def profile(case: dict[str, Any], warmup: int) -> str:
     wall = (seconds[1] - seconds[0]) * 1e6
     rows = kernels(profiler, gpu)
     total = sum(row[1] for row in rows)
+    within = f" within {case['gib']:g} GiB" if case["gib"] else ""
     lines = [
-        f"## {case['batch']} rows a step, {figures['gpu']}",
+        f"## {case['batch']} rows a step{within}, {figures['gpu']}",
         "",
         f"{STEPS} steps of {figures['tokens_a_step']:,.0f} tokens, plan {figures['plan']}, "
         f"{figures['kernel']}: {wall / 1e6:.2f} s, of which kernels ran {total / 1e6:.2f} s "

@@ -6,9 +6,9 @@ import sys
 import time
 import traceback
 
-from tests.gpu import test_engines, test_fused
+from tests.gpu import test_engines, test_fused, test_options
 
-MODULES = (test_engines, test_fused)
+MODULES = (test_engines, test_fused, test_options)
 
 
 def main(wanted: str) -> int:
@@ -19,7 +19,7 @@ def main(wanted: str) -> int:
     failed = 0
     for module in MODULES:
         for name, function in sorted(vars(module).items()):
-            if not name.startswith("test_") or wanted not in name:
+            if not name.startswith("test_") or wanted not in f"{module.__name__}.{name}":
                 continue
             began = time.monotonic()
             try:

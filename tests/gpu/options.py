@@ -1,0 +1,111 @@
+"""Every way of loading the base with the options of LoRA and training, by one engine, in a process of
+its own: a few steps of each.
+
+    python3 -m tests.gpu.options JSON        {"engine": NAME, "work": FOLDER, "result": FILE}
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tests.train.parity import BASE, DATA, LENGTH
+
+STEPS = 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"lora": {"rslora": True}},
+    "dora": {"lora": {"dora": True}},
+    "dropout": {"lora": {"dropout": 0.1}},
+    "some layers": {"lora": {"target": ["q_proj", "v_proj", "down_proj"]}},
+    "embeddings": {"lora": {"modules_to_save": ["embed_tokens"]}},
+    "packing": {"train": {"packing": True}},
+    "packing, dora": {"train": {"packing": True}, "lora": {"dora": True}},
+    "8-bit AdamW": {"train": {"optimizer": "adamw_8bit"}},
+    "paged AdamW": {"train": {"optimizer": "paged_adamw"}},
+    "paged 8-bit AdamW": {"train": {"optimizer": "paged_adamw_8bit"}},
+    "12 GiB": {"limits": {"gpu_memory_gib": 12}},
+}
+LOADED = ("4bit", "8bit", "16bit")
+ONLY_IN_4BIT: dict[str, dict[str, Any]] = {"loftq": {"lora": {"loftq": True}}}
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    from jobs.train.engines import start_engine
+    from jobs.train.runtime import settle_threads
+
+    settle_threads()
+    start_engine(asked["engine"])
+    from jobs.train.runtime import quiet_libraries
+
+    quiet_libraries()
+    found: dict[str, Any] = {}
+    for load_in in LOADED:
+        more = ONLY_IN_4BIT if load_in == "4bit" else {}
+        for name, options in {**OPTIONS, **more}.items():
+            folder = Path(asked["work"]) / f"{load_in}-{name}".replace(" ", "-")
+            found[f"{load_in}, {name}"] = _tried(asked["engine"], load_in, options, folder)
+            Path(asked["result"]).write_text(json.dumps(found), "utf-8")
+
+
+def _tried(engine: str, load_in: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The losses and the names of what was trained; or the refusal; or what broke."""
+    from jobs.errors import LorajobError
+
+    try:
+        return _trained(engine, load_in, options, folder)
+    except LorajobError as error:
+        return {"refused": error.message, "hint": error.hint}
+    except Exception:
+        return {"broke": traceback.format_exc()[-3000:]}
+
+
+def _trained(engine: str, load_in: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    from jobs.data.chunks import Recipe
+    from jobs.data.prepare import prepare
+    from jobs.data.tokenizer import TokenizerFiles
+    from jobs.observe.events import Observer
+    from jobs.spec import Spec
+    from jobs.train import loop
+    from jobs.train.checkpoints import Checkpoints
+
+    spec = Spec.model_validate(
+        {
+            "name": "options",
+            "model": {"base": str(BASE), "max_seq_length": LENGTH, "load_in": load_in},
+            "data": {"train": str(DATA), "eval": 0.05},
+            "lora": {"rank": 8, "alpha": 16, **options.get("lora", {})},
+            "train": {
+                "max_steps": STEPS, "batch_size": 8, "learning_rate": 2e-3, "warmup": 1,
+                "schedule": "constant", "seed": 7, "engine": engine, **options.get("train", {}),
+            },
+            "limits": options.get("limits", {}),
+        }
+    )  # fmt: skip
+    files, rows = TokenizerFiles(BASE), folder.parent / "rows"
+    if not rows.is_dir():
+        rows.mkdir(parents=True)
+        prepare(spec.data, Recipe(files, "responses", LENGTH, "drop", 7), rows)
+    folder.mkdir()
+    result = loop.train(
+        spec, BASE, files.load(), rows, folder, Checkpoints(folder / "checkpoints", {}),
+        Observer("json", stream=io.StringIO()),
+    )  # fmt: skip
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        names = {name.partition(".layers.")[2].partition(".")[2] or name for name in file.keys()}  # noqa: SIM118
+    return {
+        "losses": [entry["loss"] for entry in result["history"] if "loss" in entry],
+        "saved": sorted(names),
+        "plan": result["plan"],
+    }
+
+
+if __name__ == "__main__":
+    main()
