@@ -77,6 +77,9 @@ def start_engine(name: Name) -> None:
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth"))
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
     os.environ["UNSLOTH_ENABLE_LOGGING"] = "0"
+    # Its compiled layers are not for conversations laid end to end, which is what is trained here; and
+    # those of Gemma-2 cannot be compiled with torch 2.11 (an assertion in its Inductor).
+    os.environ["UNSLOTH_BLOCK_COMPILE"] = "0"
     import torch
 
     if torch.cuda.is_available():

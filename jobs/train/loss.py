@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def in_chunks(
     hook = backbone.register_forward_hook(first_rows)
     try:
         # With a cache transformers does not keep a FlatBatch's conversations apart.
-        logits = model(**inputs, use_cache=False).logits
+        with as_in_training(model):
+            logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     yield logits[0].float(), targets[:rows]
@@ -65,12 +67,28 @@ def in_chunks(
         backbone.forward = lambda *args, output=output, **kwargs: output
         try:
             places = torch.zeros(part.shape[:2], dtype=torch.int64, device=part.device)
-            logits = causal(input_ids=places, use_cache=False).logits
+            with as_in_training(model):
+                logits = causal(input_ids=places, use_cache=False).logits
         finally:
             del backbone.forward
             if own:
                 backbone.forward = own
         yield logits[0].float(), targets[start : start + rows]
+
+
+def as_in_training(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Within, a model that is trained whole in part multiplies in 16 bit, as its trainer has it do.
+
+    What is trained is held in 32 bit. LoRA's layers take and give what the frozen ones do, but
+    embeddings, norms and biases would give those 32 bit, which they cannot multiply with their 16.
+    """
+    held = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    if not held or held[0].dtype == torch.float32:
+        return nullcontext()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name and parameter.dtype == torch.float32:
+            return torch.autocast(held[0].device.type, dtype=held[0].dtype)
+    return nullcontext()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dropout": {"lora": {"dropout": 0.1}},
     "some layers": {"lora": {"target": ["q_proj", "v_proj", "down_proj"]}},
     "embeddings": {"lora": {"modules_to_save": ["embed_tokens"]}},
+    "norms": {"lora": {"modules_to_save": ["input_layernorm", "norm"]}},
     "packing": {"train": {"packing": True}},
     "packing, dora": {"train": {"packing": True}, "lora": {"dora": True}},
     "8-bit AdamW": {"train": {"optimizer": "adamw_8bit"}},
