@@ -1,6 +1,6 @@
 """The end of unsloth's notebooks: `save_pretrained_gguf` of a model that has just been trained.
 
-It wants a llama.cpp: UNSLOTH_LLAMA_CPP_PATH names a folder with llama-quantize, and
+It wants triton, and a llama.cpp: UNSLOTH_LLAMA_CPP_PATH names a folder with llama-quantize, and
 UNSLOTH_LLAMA_CPP_SCRIPTS_DIR one with the converter; else it would fetch one from GitHub.
 """
 
@@ -14,9 +14,12 @@ from unsloth import FastLanguageModel  # isort: skip  # first
 
 def exporting(base: Path, adapter: Path, out: Path, kinds: list[str]) -> Callable[[], None]:
     """Load the model, as it is after training; what is returned makes the files."""
+    import torch
     from peft import PeftModel
     from unsloth.save import patch_saving_functions
 
+    if not torch.cuda.is_available():  # it asks its device's module for this
+        torch.cpu.empty_cache = lambda: None  # type: ignore[attr-defined]
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=str(base), max_seq_length=2048, dtype=None, load_in_4bit=True
     )

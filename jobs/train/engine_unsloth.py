@@ -55,6 +55,11 @@ def _use_varlen_kernel(model: Any) -> tuple[str, str | None]:
     from unsloth.utils import attention_dispatch
 
     if getattr(model.config, "attn_logit_softcapping", None):
+        # As it is written, not compiled: compiling tries out dozens of kernels for each new length,
+        # which took minutes before the first step.
+        from unsloth.kernels import flex_attention
+
+        flex_attention._SOFTCAP_EAGER[model.device.type] = True
         return "masked attention with soft-capping", "flash kernels know no soft-capping"
     if attention_dispatch._TORCH_VARLEN_ATTN is not None:
         return "varlen flash", None
