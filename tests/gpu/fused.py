@@ -1,6 +1,6 @@
 """What a model's gradients are before its LoRA is taken together and after, in a process of its own.
 
-    python3 -m tests.gpu.fused JSON          {"bases": {NAME: FOLDER}, "result": FILE}
+    python3 -m tests.gpu.fused JSON      {"engine": "unsloth", "bases": {NAME: FOLDER}, "result": FILE}
 
 unsloth changes what it is beside, so the tests themselves never import it.
 """
@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tests.train.parity import asked_with_engine
 
 ROWS = (200, 130, 77)  # tokens of each; laid end to end
 LOADED = ("4bit", "16bit")
 
 
 def main() -> None:
-    asked = json.loads(sys.argv[1])
-    from jobs.train.engines import start_engine
-    from jobs.train.runtime import settle_threads
-
-    settle_threads()
-    start_engine("unsloth")
-    from jobs.train.runtime import quiet_libraries
-
-    quiet_libraries()
+    asked = asked_with_engine()
     found = {
         name: {load_in: _compared(Path(base), load_in) for load_in in LOADED}
         for name, base in asked["bases"].items()

@@ -1,19 +1,18 @@
 """Every way of loading the base with the options of LoRA and training, by one engine, in a process of
 its own: a few steps of each.
 
-    python3 -m tests.gpu.options JSON        {"engine": NAME, "work": FOLDER, "result": FILE}
+    python3 -m tests.gpu.options JSON        {"engine": NAME, "out": FOLDER, "result": FILE}
 """
 
 from __future__ import annotations
 
 import io
 import json
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.train.parity import BASE, DATA, LENGTH
+from tests.train.parity import BASE, DATA, LENGTH, asked_with_engine
 
 STEPS = 5
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,22 +35,14 @@ ONLY_IN_4BIT: dict[str, dict[str, Any]] = {"loftq": {"lora": {"loftq": True}}}
 
 
 def main() -> None:
-    asked = json.loads(sys.argv[1])
-    from jobs.train.engines import start_engine
-    from jobs.train.runtime import settle_threads
-
-    settle_threads()
-    start_engine(asked["engine"])
-    from jobs.train.runtime import quiet_libraries
-
-    quiet_libraries()
+    asked = asked_with_engine()
     found: dict[str, Any] = {}
     for load_in in LOADED:
         more = ONLY_IN_4BIT if load_in == "4bit" else {}
         for name, options in {**OPTIONS, **more}.items():
-            folder = Path(asked["work"]) / f"{load_in}-{name}".replace(" ", "-")
+            folder = Path(asked["out"]) / f"{load_in}-{name}".replace(" ", "-")
             found[f"{load_in}, {name}"] = _tried(asked["engine"], load_in, options, folder)
-            Path(asked["result"]).write_text(json.dumps(found), "utf-8")
+    Path(asked["result"]).write_text(json.dumps(found), "utf-8")
 
 
 def _tried(engine: str, load_in: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -69,8 +60,7 @@ def _tried(engine: str, load_in: str, options: dict[str, Any], folder: Path) -> 
 def _trained(engine: str, load_in: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    from jobs.data.chunks import Recipe
-    from jobs.data.prepare import prepare
+    from bench.ours import prepared
     from jobs.data.tokenizer import TokenizerFiles
     from jobs.observe.events import Observer
     from jobs.spec import Spec
@@ -90,13 +80,10 @@ def _trained(engine: str, load_in: str, options: dict[str, Any], folder: Path) -
             "limits": options.get("limits", {}),
         }
     )  # fmt: skip
-    files, rows = TokenizerFiles(BASE), folder.parent / "rows"
-    if not rows.is_dir():
-        rows.mkdir(parents=True)
-        prepare(spec.data, Recipe(files, "responses", LENGTH, "drop", 7), rows)
+    rows = prepared(spec, BASE, folder.parent / "rows")
     folder.mkdir()
     result = loop.train(
-        spec, BASE, files.load(), rows, folder, Checkpoints(folder / "checkpoints", {}),
+        spec, BASE, TokenizerFiles(BASE).load(), rows, folder, Checkpoints(folder / "checkpoints", {}),
         Observer("json", stream=io.StringIO()),
     )  # fmt: skip
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:

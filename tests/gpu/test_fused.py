@@ -6,16 +6,12 @@ No fixtures here, so that `tests.gpu.run` can run the same functions without pyt
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.train.parity import BASE, ROOT
+from tests.train.parity import BASE, in_a_process
 
 LIMIT = 240  # seconds
 # bfloat16 keeps 8 bits, and the two ways round in different places.
@@ -56,20 +52,8 @@ def compared() -> dict[str, Any]:
         bases = {family: str(work / family) for family in FAMILIES}
         for family, folder in bases.items():
             make_base(family, Path(folder))
-        env = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "UNSLOTH_DISABLE_STATISTICS": "1",
-            "UNSLOTH_COMPILE_LOCATION": str(work / "compiled"),
-        }
-        asked = {"bases": bases, "result": str(work / "result.json")}
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.gpu.fused", json.dumps(asked)],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        found: dict[str, Any] = json.loads((work / "result.json").read_text("utf-8"))
-    return found
+        asked = {"engine": "unsloth", "bases": bases, "out": str(work / "out")}
+        return in_a_process(asked, LIMIT, "tests.gpu.fused")
 
 
 def test_lora_taken_together_has_the_same_gradients() -> None:

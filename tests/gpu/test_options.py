@@ -6,51 +6,33 @@ No fixtures here, so that `tests.gpu.run` can run the same functions without pyt
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.options import STEPS
-from tests.train.parity import ENGINES, ROOT
+from tests.train.parity import ENGINES, in_a_process
 
 LIMIT = 400  # seconds
 # Of the loss. 8 bit is rounded by what else is in a batch, and dropout draws other numbers.
 LOSSES = {"8bit": 0.03, "dropout": 0.05, "": 0.01}
 
 
-def tried() -> dict[str, dict[str, Any]]:
+def tried(work: Path) -> dict[str, dict[str, Any]]:
     """By engine, what became of each; both at the same time."""
-    with tempfile.TemporaryDirectory(prefix="lorajob-options-") as name:
-        work = Path(name)
-        running = {engine: _start(engine, work) for engine in ENGINES}
-        found = {}
-        for engine, process in running.items():
-            _, said = process.communicate(timeout=LIMIT)
-            assert process.returncode == 0, f"{engine}: {said[-3000:]}"
-            found[engine] = json.loads((work / f"{engine}.json").read_text("utf-8"))
-    return found
 
+    def of(engine: str) -> dict[str, Any]:
+        asked = {"engine": engine, "out": str(work / engine)}
+        return in_a_process(asked, LIMIT, "tests.gpu.options")
 
-def _start(engine: str, work: Path) -> subprocess.Popen[str]:
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_COMPILE_LOCATION": str(work / "compiled"),
-    }
-    asked = {"engine": engine, "work": str(work / engine), "result": str(work / f"{engine}.json")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.gpu.options", json.dumps(asked)],
-        cwd=ROOT, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    with ThreadPoolExecutor(len(ENGINES)) as pool:
+        return dict(zip(ENGINES, pool.map(of, ENGINES), strict=True))
 
 
 def test_what_the_spec_offers_trains_with_both_engines() -> None:
-    found = tried()
+    with tempfile.TemporaryDirectory(prefix="lorajob-options-") as work:
+        found = tried(Path(work))
     plain, other = (found[engine] for engine in ENGINES)
     assert set(plain) == set(other) and len(plain) > 30
     wrong = []

@@ -52,10 +52,9 @@ def missing() -> str | None:
 
 def trained(engine: str, work: Path, load_in: str, limit: float) -> dict[str, Any]:
     """Each of TRAININGS by that engine; its adapters are below `work/engine/NAME/adapter`."""
-    out = work / engine
-    out.mkdir(parents=True)
-    return _in_a_process(
-        {"engine": engine, "out": str(out), "load_in": load_in, "trainings": TRAININGS}, limit
+    return in_a_process(
+        {"engine": engine, "out": str(work / engine), "load_in": load_in, "trainings": TRAININGS},
+        limit,
     )
 
 
@@ -63,13 +62,18 @@ def read(engine: str, work: Path, load_in: str, limit: float) -> dict[str, Any]:
     """By that engine, the adapter of every engine: how far its logits are from those that the
     training ended with."""
     folders = {name: str(work / name / TRAININGS[0]["name"]) for name in ENGINES}
-    return _in_a_process(
+    return in_a_process(
         {"engine": engine, "out": str(work / engine), "load_in": load_in, "read": folders}, limit
     )
 
 
-def _in_a_process(asked: dict[str, Any], limit: float) -> dict[str, Any]:
+def in_a_process(
+    asked: dict[str, Any], limit: float, module: str = "tests.train.parity"
+) -> dict[str, Any]:
+    """What `python3 -m module` finds, with the engine `asked` for, in so many seconds. What it writes
+    is below `asked["out"]`. Raises AssertionError with the end of what it said."""
     out = Path(asked["out"])
+    out.mkdir(parents=True, exist_ok=True)
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -79,7 +83,7 @@ def _in_a_process(asked: dict[str, Any], limit: float) -> dict[str, Any]:
     result = out / "result.json"
     result.unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.parity", json.dumps({**asked, "result": str(result)})],
+        [sys.executable, "-m", module, json.dumps({**asked, "result": str(result)})],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{asked['engine']}: {done.stderr[-3000:]}"
@@ -174,8 +178,9 @@ def items_of(work: Path) -> list[Any]:
 # --- in the process
 
 
-def main() -> None:
-    asked = json.loads(sys.argv[1])
+def asked_with_engine() -> dict[str, Any]:
+    """What this process was asked for; its engine is started, which has to come before all else."""
+    asked: dict[str, Any] = json.loads(sys.argv[1])
     from jobs.train.engines import start_engine
     from jobs.train.runtime import settle_threads
 
@@ -184,6 +189,11 @@ def main() -> None:
     from jobs.train.runtime import quiet_libraries
 
     quiet_libraries()
+    return asked
+
+
+def main() -> None:
+    asked = asked_with_engine()
     found = _read(asked) if "read" in asked else _train(asked)
     Path(asked["result"]).write_text(json.dumps(found), "utf-8")
 
@@ -207,8 +217,7 @@ def _spec(asked: dict[str, Any], training: dict[str, Any]) -> Any:
 
 
 def _train(asked: dict[str, Any]) -> dict[str, Any]:
-    from jobs.data.chunks import Recipe
-    from jobs.data.prepare import prepare
+    from bench.ours import prepared
     from jobs.data.tokenizer import TokenizerFiles
     from jobs.observe.events import Observer
     from jobs.train import loop
@@ -217,13 +226,7 @@ def _train(asked: dict[str, Any]) -> dict[str, Any]:
 
     out = Path(asked["out"])
     files = TokenizerFiles(BASE)
-    rows = out / "rows"
-    rows.mkdir()
-    prepare(
-        _spec(asked, asked["trainings"][0]).data,
-        Recipe(files, "responses", LENGTH, "drop", 7),
-        rows,
-    )
+    rows = prepared(_spec(asked, asked["trainings"][0]), BASE, out / "rows")
     found: dict[str, Any] = {}
     for training in asked["trainings"]:
         folder = out / training["name"]
