@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     for name, seed, start in starts:
         result = start(
             "run", "examples/demo.yaml", "--work", str(tmp_path / name),
-            LORAJOB__PUBLISH="[]", LORAJOB__EXPORT__GGUF="[]", LORAJOB__TRAIN__MAX_STEPS="3",
+            LORAJOB__PUBLISH="[]", LORAJOB__EXPORT__GGUF="[]", LORAJOB__TRAIN__MAX_STEPS="10",
             LORAJOB__TRAIN__SEED=seed, LORAJOB__VERIFY__PROMPTS="[]",
         )  # fmt: skip
         assert result.code == 0, result.err

@@ -59,6 +59,14 @@ MEASURED = {
     ],
 }  # fmt: skip
 
+CLOSE = (-0.02, 0.02)  # how far off
+# Of what is made again so little stays with small shapes that a buffer more or less counts.
+AGAIN = {
+    "llama-3.2-1b": (-0.02, 0.03),
+    "llama-3.2-3b": (-0.02, 0.03),
+    "qwen2.5-1.5b": (-0.025, 0.02),
+}
+
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_what_is_reckoned_is_what_was_measured(name: str) -> None:
@@ -67,9 +75,8 @@ def test_what_is_reckoned_is_what_was_measured(name: str) -> None:
             plan = Plan(rows * length, checkpointing)
             said = reckon(shape_of(name), spec_of(), plan, length, "unsloth", 139.7 * GIB)
             off = said.allocated / GIB / taken - 1
-            # Of what is made again so little stays with small shapes that a buffer more or less counts.
-            most = 0.03 if checkpointing else 0.02
-            assert -0.025 < off < most, (plan, off)
+            least, most = AGAIN.get(name, CLOSE) if checkpointing else CLOSE
+            assert least < off < most, (plan, off)
 
 
 def test_weights_are_those_of_the_tensors() -> None:
