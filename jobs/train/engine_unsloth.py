@@ -55,8 +55,8 @@ def _use_varlen_kernel(model: Any) -> tuple[str, str | None]:
     from unsloth.utils import attention_dispatch
 
     if getattr(model.config, "attn_logit_softcapping", None):
-        # As it is written, not compiled: compiling tries out dozens of kernels for each new length,
-        # which took minutes before the first step.
+        # As it is written, not compiled: compiling tries out many kernels, and an H200 had not made
+        # its first step after 90 seconds (bench/results/setups.md).
         from unsloth.kernels import flex_attention
 
         flex_attention._SOFTCAP_EAGER[model.device.type] = True

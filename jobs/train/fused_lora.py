@@ -28,8 +28,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 Tensors = tuple[torch.Tensor, ...]
-LLAMA_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-
 Unpack = Callable[[torch.Tensor, Any], torch.Tensor]
 """A frozen matrix in 16 bit, from how it is held and its quantization state."""
 
@@ -339,7 +337,8 @@ def fuse_with(model: Any, kernels: Kernels) -> int:
 def _ends_with_its_mlp(layer: Any) -> bool:
     """Whether what a layer's MLP gives is added to what it got and nothing else, as in Llama; Gemma-2
     has one more norm there, whose gradient needs it."""
-    return {name for name, _ in layer.named_children()} == LLAMA_LAYER
+    names = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    return {name for name, _ in layer.named_children()} == names
 
 
 def _fuse_attention(

@@ -52,10 +52,11 @@ def in_chunks(
         states.append(hidden[:, :-1][trained][:limit][None])
         return type(output)(last_hidden_state=states[0][:, :rows])
 
+    training = as_in_training(model)
     hook = backbone.register_forward_hook(first_rows)
     try:
         # With a cache transformers does not keep a FlatBatch's conversations apart.
-        with as_in_training(model):
+        with training:
             logits = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
@@ -67,7 +68,7 @@ def in_chunks(
         backbone.forward = lambda *args, output=output, **kwargs: output
         try:
             places = torch.zeros(part.shape[:2], dtype=torch.int64, device=part.device)
-            with as_in_training(model):
+            with training:
                 logits = causal(input_ids=places, use_cache=False).logits
         finally:
             del backbone.forward
