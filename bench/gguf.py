@@ -9,8 +9,8 @@ vocabulary (`--tokenizer`, a folder with one of the model's size). The ways:
 - once: peft merges once; then, for each type, converted and quantized, the conversion removed.
 - each: merging, converting and quantizing all over again for each type, as a script that is called
   with one type does.
-- unsloth: its own way, from a model that is loaded already (which is not in its time). Where there is a
-  GPU only, and not by default; it needs llama-quantize (see bench/peers/unsloth_gguf.py).
+- unsloth: its own way, from a model that is loaded already (which is not in its seconds). Not by default:
+  it needs triton and llama-quantize (see bench/peers/unsloth_gguf.py).
 
 All use the same converter and the same libllama; each way runs in a process of its own. The disk is
 looked at ten times a second: everything but the base and the adapter, which all ways need.

@@ -3,8 +3,8 @@
     python3 -m bench.profile --tokenizer FOLDER --data FILE ... [--base FOLDER]
 
 Two optimizer steps of `bench.train`'s 8B shape with 64 rows and with 8, one after the other in one
-process, so that imports and compiling are paid once; `--batches 64,64@12` is with 64 rows, and with
-64 within 12 GiB. Prints markdown.
+process, so that imports and compiling are paid once; `--batches 64@12` is with 64 rows within 12 GiB.
+Prints markdown.
 """
 
 from __future__ import annotations
