@@ -17,8 +17,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from jobs.train.softcap import SoftCapped
+
 PREFIX = "apart_"  # before the name of the implementation that takes everything else
 FLASH_HEAD = 256  # the longest head of the flash kernels
+# A kernel's name, and why it is not the fastest.
+SOFTCAPPED = "soft-capped, each conversation apart", "flash kernels know no soft-capping"
 
 
 @cache  # each layer asks for each batch
@@ -52,7 +56,7 @@ def attend_apart(model: Any) -> tuple[str, str | None]:
         # Every layer looks it up here at each call.
         config._attn_implementation = name
     if getattr(config, "attn_logit_softcapping", None):
-        return "soft-capped, each conversation apart", "flash kernels know no soft-capping"
+        return SOFTCAPPED
     if reason := no_varlen_kernel():
         return "SDPA, each conversation apart", reason
     return "varlen flash", None
@@ -122,8 +126,13 @@ def attend(
     query's; `bounds` is int32 (conversations + 1,), from 0 to tokens; with a `window` a token sees
     so many, itself included. Returns (tokens, heads, width of a value).
     """
-    plain = not softcap and not dropout
-    if plain and flash_takes(query, value) and no_varlen_kernel() is None:
+    if softcap and not dropout:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        out: torch.Tensor = SoftCapped.apply(  # type: ignore[no-untyped-call]
+            query, key, value, bounds, scale, window, softcap
+        )
+        return out
+    if not dropout and flash_takes(query, value) and no_varlen_kernel() is None:
         return flash(query, key, value, bounds, longest, scale=scale, window=window)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

@@ -55,12 +55,8 @@ def _use_varlen_kernel(model: Any) -> tuple[str, str | None]:
     from unsloth.utils import attention_dispatch
 
     if getattr(model.config, "attn_logit_softcapping", None):
-        # As it is written, not compiled: compiling tries out many kernels, and an H200 had not made
-        # its first step after 90 seconds (bench/results/setups.md).
-        from unsloth.kernels import flex_attention
-
-        flex_attention._SOFTCAP_EAGER[model.device.type] = True
-        return "masked attention with soft-capping", "flash kernels know no soft-capping"
+        _attend_softcapped()
+        return attention.SOFTCAPPED
     if attention_dispatch._TORCH_VARLEN_ATTN is not None:
         return "varlen flash", None
     if reason := attention.no_varlen_kernel():
@@ -77,6 +73,38 @@ def _use_varlen_kernel(model: Any) -> tuple[str, str | None]:
 
     attention_dispatch._TORCH_VARLEN_ATTN = attend
     return "varlen flash", None
+
+
+def _attend_softcapped() -> None:
+    """Have Gemma 2's conversations attended to each by itself.
+
+    unsloth does so where flash-attn is installed; else it takes a mask over the whole row, in which
+    conversations see each other, and compiles that with trying out kernels for minutes. So it is
+    told that there is such a kernel, and given ours.
+    """
+    from unsloth.models import gemma2, llama
+
+    def run_attention(*, config: Any, context: Any, Q: Any, K: Any, V: Any) -> torch.Tensor:
+        """Q (rows, heads, queries, width), K and V (rows, fewer heads, keys, width) ->
+        (rows, queries, heads, width)."""
+        rows, keys = Q.shape[0], K.shape[2]
+        before = keys - Q.shape[2]  # what a cache holds already: asked for as well, and left out
+        Q = torch.nn.functional.pad(Q, (0, 0, before, 0))
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (Q, K, V))
+        if context.seq_info is None:
+            bounds = torch.arange(0, rows * keys + 1, keys, dtype=torch.int32, device=q.device)
+        else:
+            bounds = context.seq_info[1]
+        told = config.flash_varlen_kwargs
+        back = told["window_size"][0]
+        out = attention.attend(
+            q, k, v, bounds, keys, scale=told["softmax_scale"], softcap=told["softcap"],
+            window=None if back < 0 else back + 1,
+        )  # fmt: skip
+        return out.view(rows, keys, *out.shape[1:])[:, before:]
+
+    gemma2.run_attention = run_attention
+    gemma2.HAS_FLASH_ATTENTION_SOFTCAPPING = llama.HAS_FLASH_ATTENTION_SOFTCAPPING = True
 
 
 def load(folder: Path, model: Model, device: str) -> Any:

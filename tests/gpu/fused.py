@@ -66,6 +66,7 @@ def _compared(base: Path, load_in: str) -> dict[str, Any]:
     groups = fused_lora.fuse(model)
     ways |= {"fused": gradients(False), "fused, made again": gradients(True)}
     told: dict[str, Any] = {"groups": groups, "trained": len(expected[1]), "ways": {}}
+    told["end to end"] = batch["input_ids"].shape == (1, sum(ROWS))
     for way, (loss, found) in ways.items():
         assert set(found) == set(expected[1]), way
         distance, name = max(

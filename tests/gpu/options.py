@@ -1,7 +1,10 @@
 """Every way of loading the base with the options of LoRA and training, by one engine, in a process of
 its own: a few steps of each.
 
-    python3 -m tests.gpu.options JSON        {"engine": NAME, "out": FOLDER, "result": FILE}
+    python3 -m tests.gpu.options JSON
+    {"engine": NAME, "out": FOLDER, "result": FILE, "bases": {NAME: FOLDER}}
+
+With `bases`, these are trained instead, without any options.
 """
 
 from __future__ import annotations
@@ -37,27 +40,36 @@ ONLY_IN_4BIT: dict[str, dict[str, Any]] = {"loftq": {"lora": {"loftq": True}}}
 def main() -> None:
     asked = asked_with_engine()
     found: dict[str, Any] = {}
-    for load_in in LOADED:
+    for base, folder in asked.get("bases", {}).items():
+        for load_in in ("4bit", "16bit"):
+            name = f"{base}, {load_in}"
+            out = Path(asked["out"]) / f"{base}-{load_in}"
+            found[name] = _tried(asked["engine"], Path(folder), load_in, {}, out)
+    for load_in in () if found else LOADED:
         more = ONLY_IN_4BIT if load_in == "4bit" else {}
         for name, options in {**OPTIONS, **more}.items():
             folder = Path(asked["out"]) / f"{load_in}-{name}".replace(" ", "-")
-            found[f"{load_in}, {name}"] = _tried(asked["engine"], load_in, options, folder)
+            found[f"{load_in}, {name}"] = _tried(asked["engine"], BASE, load_in, options, folder)
     Path(asked["result"]).write_text(json.dumps(found), "utf-8")
 
 
-def _tried(engine: str, load_in: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _tried(
+    engine: str, base: Path, load_in: str, options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     """The losses and the names of what was trained; or the refusal; or what broke."""
     from jobs.errors import LorajobError
 
     try:
-        return _trained(engine, load_in, options, folder)
+        return _trained(engine, base, load_in, options, folder)
     except LorajobError as error:
         return {"refused": error.message, "hint": error.hint}
     except Exception:
         return {"broke": traceback.format_exc()[-3000:]}
 
 
-def _trained(engine: str, load_in: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _trained(
+    engine: str, base: Path, load_in: str, options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     from safetensors import safe_open
 
     from bench.ours import prepared
@@ -70,7 +82,7 @@ def _trained(engine: str, load_in: str, options: dict[str, Any], folder: Path) -
     spec = Spec.model_validate(
         {
             "name": "options",
-            "model": {"base": str(BASE), "max_seq_length": LENGTH, "load_in": load_in},
+            "model": {"base": str(base), "max_seq_length": LENGTH, "load_in": load_in},
             "data": {"train": str(DATA), "eval": 0.05},
             "lora": {"rank": 8, "alpha": 16, **options.get("lora", {})},
             "train": {
@@ -80,11 +92,12 @@ def _trained(engine: str, load_in: str, options: dict[str, Any], folder: Path) -
             "limits": options.get("limits", {}),
         }
     )  # fmt: skip
-    rows = prepared(spec, BASE, folder.parent / "rows")
+    rows = prepared(spec, base, folder.parent / "rows")
     folder.mkdir()
+    said = io.StringIO()
     result = loop.train(
-        spec, BASE, TokenizerFiles(BASE).load(), rows, folder, Checkpoints(folder / "checkpoints", {}),
-        Observer("json", stream=io.StringIO()),
+        spec, base, TokenizerFiles(base).load(), rows, folder, Checkpoints(folder / "checkpoints", {}),
+        Observer("json", stream=said),
     )  # fmt: skip
     with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
         names = {name.partition(".layers.")[2].partition(".")[2] or name for name in file.keys()}  # noqa: SIM118
@@ -92,6 +105,7 @@ def _trained(engine: str, load_in: str, options: dict[str, Any], folder: Path) -
         "losses": [entry["loss"] for entry in result["history"] if "loss" in entry],
         "saved": sorted(names),
         "plan": result["plan"],
+        "warned": [line for line in said.getvalue().splitlines() if "padding them" in line],
     }
 
 

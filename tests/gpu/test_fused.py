@@ -61,6 +61,7 @@ def test_lora_taken_together_has_the_same_gradients() -> None:
         for load_in, found in forms.items():
             print(family, load_in, found)
             assert found["groups"] > 0, (family, load_in)
+            assert found["end to end"], (family, load_in)
             expected = found["ways"]["plain"]["loss"]
             for way, told in found["ways"].items():
                 at = f"{family} in {load_in}, {way}: {told}"

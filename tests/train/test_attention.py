@@ -10,6 +10,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from jobs.data.labels import IGNORE
+from jobs.train import softcap as softcapped
 from jobs.train.attention import attend, attend_apart
 from jobs.train.batches import FlatBatch, PadBatch
 from jobs.train.loss import evaluate, in_chunks, trained_logits
@@ -98,29 +99,46 @@ def test_an_architecture_whose_layers_see_otherwise_keeps_its_own() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_gradients_are_those_of_a_masked_row() -> None:
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_are_those_of_a_masked_row(
+    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    bounds = torch.tensor([0, 5, 6, 20], dtype=torch.int32)
-    q, k, v = (torch.randn(20, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    which = torch.bucketize(torch.arange(20), bounds[1:], right=True)
-    place = torch.arange(20)
+    # Lengths are taken together in several ways: 5 with 1, 4 and 5, then 70, then 90 by itself.
+    monkeypatch.setattr(softcapped, "SCORES", 4 * 3 * 64**2)
+    bounds = torch.tensor([0, 5, 6, 10, 15, 85, 175], dtype=torch.int32)
+    size = 175
+    q, k, v = (torch.randn(size, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    place = torch.arange(size)
+    which = torch.bucketize(place, bounds[1:], right=True)
     ago = place[:, None] - place[None, :]
-    for window in (None, 3):
-        seen = (which[:, None] == which[None, :]) & (ago >= 0)
-        if window:
-            seen &= ago < window
-        wide = [x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v)]
-        scores = (wide[0] @ wide[1].transpose(1, 2) * 0.3).masked_fill(~seen, float("-inf"))
-        expected = (scores.softmax(-1) @ wide[2]).transpose(0, 1)
-        found = attend(q, k, v, bounds, 14, scale=0.3, window=window)
-        assert (found - expected).abs().max() <= 1e-5
-        weights = torch.randn_like(expected)
-        gradients = [
-            torch.autograd.grad((out * weights).sum(), (q, k, v), retain_graph=True)
-            for out in (expected, found)
-        ]
-        for one, other in zip(*gradients, strict=True):
-            assert (one - other).abs().max() <= 1e-5
+    seen = (which[:, None] == which[None, :]) & (ago >= 0)
+    if window:
+        seen &= ago < window
+    wide = [x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v)]
+    scores = wide[0] @ wide[1].transpose(1, 2) * 0.3
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    expected = (scores.softmax(-1) @ wide[2]).transpose(0, 1)
+    found = attend(q, k, v, bounds, 90, scale=0.3, window=window, softcap=softcap)
+    assert (found - expected).abs().max() <= 1e-5
+    weights = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((out * weights).sum(), (q, k, v), retain_graph=True)
+        for out in (expected, found)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-5
+
+
+def test_conversations_of_like_length_are_taken_together() -> None:
+    bounds = torch.tensor([0, 64, 128, 129, 629, 2629], dtype=torch.int32)
+    found = softcapped.buckets(bounds, 2 * 64**2)
+    assert [(b.rows, b.length) for b in found] == [(2, 64), (1, 1), (1, 500), (1, 2000)]
+    assert torch.equal(torch.cat([b.tokens for b in found]).sort().values, torch.arange(2629))
+    assert softcapped.buckets(bounds, 2 * 64**2) is found  # once for all layers
 
 
 @torch.no_grad()

@@ -1,0 +1,135 @@
+"""Soft-capped attention (Gemma 2) over conversations that are laid end to end.
+
+Scores s become c tanh(s / c) before the softmax (Gemma Team 2024, section 2). Flash kernels know no such
+thing. Conversations of like length are taken together, each padded to the longest of them; and scores,
+which cost the square of a length, are made again in the backward pass instead of kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+# Scores at a time, about: four times as many bytes, and three or four such tensors at the worst.
+SCORES = 1 << 25
+# Conversations shorter than this are taken together; then each doubling of the length by itself.
+SHORT = 64
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Conversations of like length: `rows` of up to `length` tokens."""
+
+    rows: int
+    length: int
+    tokens: torch.Tensor
+    """Where each of their tokens is in what is laid end to end, int64 (n,)."""
+    places: torch.Tensor
+    """Where each is in (rows, length) as one row, int64 (n,)."""
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """(all tokens, heads, width) -> (rows, heads, length, width), zeros where there is no token."""
+        out = values.new_zeros(self.rows * self.length, *values.shape[1:])
+        out[self.places] = values[self.tokens]
+        return out.view(self.rows, self.length, *values.shape[1:]).transpose(1, 2)
+
+    def put_back(self, padded: torch.Tensor, out: torch.Tensor) -> None:
+        """The tokens of (rows, heads, length, width), however heads are grouped, to their places in
+        `out`, (all tokens, heads, width)."""
+        whole = padded.reshape(self.rows, out.shape[1], self.length, out.shape[2]).transpose(1, 2)
+        out[self.tokens] = whole.reshape(-1, *out.shape[1:])[self.places]
+
+
+_LAST: list[tuple[torch.Tensor, int, list[Bucket]]] = []  # every layer asks for the same
+
+
+def buckets(bounds: torch.Tensor, most: int) -> list[Bucket]:
+    """The conversations that begin at `bounds`, int (conversations + 1,), by length: in each bucket one,
+    or as many as have up to `most` scores a head."""
+    for last, as_many, found in _LAST:
+        if last is bounds and as_many == most:
+            return found
+    ends = bounds.tolist()
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(ends):
+        if end > start:
+            size = max(SHORT, 1 << (end - start - 1).bit_length())
+            by_size.setdefault(size, []).append((start, end - start))
+    found = []
+    for size, each in sorted(by_size.items()):
+        count = max(1, most // size**2)
+        found += [_bucket(each[i : i + count], bounds) for i in range(0, len(each), count)]
+    _LAST[:] = [(bounds, most, found)]
+    return found
+
+
+def _bucket(each: list[tuple[int, int]], bounds: torch.Tensor) -> Bucket:
+    length = max(size for _, size in each)
+    tokens = torch.cat([torch.arange(start, start + size) for start, size in each])
+    places = torch.cat(
+        [torch.arange(row * length, row * length + size) for row, (_, size) in enumerate(each)]
+    )
+    return Bucket(len(each), length, tokens.to(bounds.device), places.to(bounds.device))
+
+
+class SoftCapped(torch.autograd.Function):
+    """query (tokens, heads, width), key and value (tokens, fewer heads, width), and where conversations
+    begin -> (tokens, heads, width). Causal, each token within its conversation and `window`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        bounds: torch.Tensor, scale: float, window: int | None, softcap: float,
+    ) -> torch.Tensor:  # fmt: skip
+        out = query.new_empty(*query.shape[:2], value.shape[2])
+        for bucket in buckets(bounds, SCORES // query.shape[1]):
+            q, k, v = _together(bucket, query, key, value, shared=key.shape[1])
+            weights, _ = _weights(q, k, scale, window, softcap)
+            bucket.put_back(weights.to(v.dtype) @ v, out)
+        ctx.save_for_backward(query, key, value, out)
+        ctx.told = bounds, scale, window, softcap
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        query, key, value, out = ctx.saved_tensors
+        bounds, scale, window, softcap = ctx.told
+        of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
+        for bucket in buckets(bounds, SCORES // query.shape[1]):
+            q, k, v = _together(bucket, query, key, value, shared=key.shape[1])
+            # Where there is no token its gradient is zero, and so is what it gives to keys and values.
+            y, dy = _together(bucket, out, gradient, shared=key.shape[1])
+            weights, capped = _weights(q, k, scale, window, softcap)
+            bucket.put_back(weights.to(v.dtype).transpose(-1, -2) @ dy, of_value)
+            # Through the softmax (Dao et al. 2022, appendix B.2), then tanh' = 1 - tanh^2.
+            inner = (dy.float() * y.float()).sum(-1, keepdim=True)
+            ds = (dy @ v.transpose(-1, -2)).float().sub_(inner).mul_(weights)
+            ds = ds.mul_(capped.square_().neg_().add_(1)).mul_(scale).to(k.dtype)
+            bucket.put_back(ds @ k, of_query)
+            bucket.put_back(ds.transpose(-1, -2) @ q, of_key)
+        return of_query, of_key, of_value, None, None, None, None
+
+
+def _together(bucket: Bucket, *values: torch.Tensor, shared: int) -> list[torch.Tensor]:
+    """Each padded, the heads that share one of the `shared` heads of keys below each other:
+    (rows, shared, heads / shared * length, width)."""
+    return [bucket.padded(x).reshape(bucket.rows, shared, -1, x.shape[2]) for x in values]
+
+
+def _weights(
+    q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax of what is seen, and tanh of the scores, in 32 bit: (..., queries, length)."""
+    length = k.shape[2]
+    ago = torch.arange(length, device=k.device)
+    ago = ago[:, None] - ago[None, :]
+    unseen = ago < 0
+    if window is not None and length > window:
+        unseen |= ago >= window
+    capped = (q @ k.transpose(-1, -2)).float().mul_(scale / softcap).tanh_()
+    scores = capped * softcap
+    scores.view(*k.shape[:2], -1, length, length).masked_fill_(unseen, float("-inf"))
+    return torch.softmax(scores, -1), capped
