@@ -7,6 +7,7 @@ which cost the square of a length, are made again in the backward pass instead o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -35,6 +36,11 @@ class Bucket:
         out = values.new_zeros(self.rows * self.length, *values.shape[1:])
         out[self.places] = values[self.tokens]
         return out.view(self.rows, self.length, *values.shape[1:]).transpose(1, 2)
+
+    def together(self, *values: torch.Tensor, heads: int) -> list[torch.Tensor]:
+        """Each padded, as if it had so many heads, those that share one below each other:
+        (rows, heads, its heads / heads * length, width)."""
+        return [self.padded(x).reshape(self.rows, heads, -1, x.shape[2]) for x in values]
 
     def put_back(self, padded: torch.Tensor, out: torch.Tensor) -> None:
         """The tokens of (rows, heads, length, width), however heads are grouped, to their places in
@@ -85,10 +91,12 @@ class SoftCapped(torch.autograd.Function):
         bounds: torch.Tensor, scale: float, window: int | None, softcap: float,
     ) -> torch.Tensor:  # fmt: skip
         out = query.new_empty(*query.shape[:2], value.shape[2])
-        for bucket in buckets(bounds, SCORES // query.shape[1]):
-            q, k, v = _together(bucket, query, key, value, shared=key.shape[1])
+        for bucket, heads, shared in _pieces(bounds, query, key):
+            q, k, v = bucket.together(
+                query[:, heads], key[:, shared], value[:, shared], heads=shared.stop - shared.start
+            )
             weights, _ = _weights(q, k, scale, window, softcap)
-            bucket.put_back(weights.to(v.dtype) @ v, out)
+            bucket.put_back(weights.to(v.dtype) @ v, out[:, heads])
         ctx.save_for_backward(query, key, value, out)
         ctx.told = bounds, scale, window, softcap
         return out
@@ -98,25 +106,34 @@ class SoftCapped(torch.autograd.Function):
         query, key, value, out = ctx.saved_tensors
         bounds, scale, window, softcap = ctx.told
         of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
-        for bucket in buckets(bounds, SCORES // query.shape[1]):
-            q, k, v = _together(bucket, query, key, value, shared=key.shape[1])
+        for bucket, heads, shared in _pieces(bounds, query, key):
             # Where there is no token its gradient is zero, and so is what it gives to keys and values.
-            y, dy = _together(bucket, out, gradient, shared=key.shape[1])
+            q, k, v, y, dy = bucket.together(
+                query[:, heads], key[:, shared], value[:, shared], out[:, heads], gradient[:, heads],
+                heads=shared.stop - shared.start,
+            )  # fmt: skip
             weights, capped = _weights(q, k, scale, window, softcap)
-            bucket.put_back(weights.to(v.dtype).transpose(-1, -2) @ dy, of_value)
+            bucket.put_back(weights.to(v.dtype).transpose(-1, -2) @ dy, of_value[:, shared])
             # Through the softmax (Dao et al. 2022, appendix B.2), then tanh' = 1 - tanh^2.
             inner = (dy.float() * y.float()).sum(-1, keepdim=True)
             ds = (dy @ v.transpose(-1, -2)).float().sub_(inner).mul_(weights)
             ds = ds.mul_(capped.square_().neg_().add_(1)).mul_(scale).to(k.dtype)
-            bucket.put_back(ds @ k, of_query)
-            bucket.put_back(ds.transpose(-1, -2) @ q, of_key)
+            bucket.put_back(ds @ k, of_query[:, heads])
+            bucket.put_back(ds.transpose(-1, -2) @ q, of_key[:, shared])
         return of_query, of_key, of_value, None, None, None, None
 
 
-def _together(bucket: Bucket, *values: torch.Tensor, shared: int) -> list[torch.Tensor]:
-    """Each padded, the heads that share one of the `shared` heads of keys below each other:
-    (rows, shared, heads / shared * length, width)."""
-    return [bucket.padded(x).reshape(bucket.rows, shared, -1, x.shape[2]) for x in values]
+def _pieces(
+    bounds: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> Iterator[tuple[Bucket, slice, slice]]:
+    """What is done at a time: a bucket, the heads of queries, and the heads of keys that these share;
+    of conversations with too many scores fewer heads, but whole heads of keys."""
+    groups = query.shape[1] // key.shape[1]
+    for bucket in buckets(bounds, SCORES // query.shape[1]):
+        count = max(1, min(key.shape[1], SCORES // (groups * bucket.rows * bucket.length**2)))
+        for first in range(0, key.shape[1], count):
+            last = min(first + count, key.shape[1])
+            yield bucket, slice(first * groups, last * groups), slice(first, last)
 
 
 def _weights(

@@ -105,10 +105,10 @@ def test_gradients_are_those_of_a_masked_row(
     window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    # Lengths are taken together in several ways: 5 with 1, 4 and 5, then 70, then 90 by itself.
-    monkeypatch.setattr(softcapped, "SCORES", 4 * 3 * 64**2)
-    bounds = torch.tensor([0, 5, 6, 10, 15, 85, 175], dtype=torch.int32)
-    size = 175
+    # Two short ones at a time, then 70 by itself, and 150 one head of keys after the other.
+    monkeypatch.setattr(softcapped, "SCORES", 4 * 2 * 64**2)
+    bounds = torch.tensor([0, 5, 6, 10, 15, 85, 235], dtype=torch.int32)
+    size = 235
     q, k, v = (torch.randn(size, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     place = torch.arange(size)
     which = torch.bucketize(place, bounds[1:], right=True)
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_a_masked_row(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, float("-inf"))
     expected = (scores.softmax(-1) @ wide[2]).transpose(0, 1)
-    found = attend(q, k, v, bounds, 90, scale=0.3, window=window, softcap=softcap)
+    found = attend(q, k, v, bounds, 150, scale=0.3, window=window, softcap=softcap)
     assert (found - expected).abs().max() <= 1e-5
     weights = torch.randn_like(expected)
     gradients = [
