@@ -90,7 +90,7 @@ class Trainer(Base):  # type: ignore[misc]
         self.measured = rows
         # Computed in the same precision before, in and after the training: accelerate wraps the
         # model only in it.
-        with engine().with_logits(), self.compute_loss_context_manager():
+        with engine().with_logits(), self.accelerator.autocast():
             found = evaluate(self.model, self._parts(rows), self.args.device, self._between)
         self.measured = None
         return found

@@ -40,7 +40,8 @@ def try_part(trainer: Trainer, rows: Dataset, lengths: list[int], tokens: int) -
     was_training = model.training
     model.train()
     try:
-        with torch.random.fork_rng(), trainer.compute_loss_context_manager():
+        # The trainer itself has the model multiply in 16 bit only once it trains.
+        with torch.random.fork_rng(), trainer.accelerator.autocast():
             trainer.compute_loss(model, trainer._prepare_inputs(part)).backward()
     finally:
         model.zero_grad(set_to_none=True)

@@ -95,6 +95,25 @@ def test_the_models_forward_gets_exactly_our_labels(
         assert made[tuple(ids)] == labels
 
 
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["input_layernorm", "norm"]])
+def test_what_is_trained_whole_goes_through_a_model_in_16_bit(
+    tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    whole: list[str],
+) -> None:  # fmt: skip
+    # As on a GPU: from the try whether the longest rows fit to the last evaluation.
+    arguments = engine_transformers.ARGUMENTS
+    monkeypatch.setattr(engine_transformers, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(
+        engine_transformers, "ARGUMENTS", lambda **given: arguments(**{**given, "bf16": True})
+    )
+    result = run(
+        tokenizer, prepared, tmp_path / "out", max_steps=8, lora={"modules_to_save": whole}
+    )
+    losses = [entry["loss"] for entry in result["history"] if "loss" in entry]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+
+
 def test_evaluation_in_between_changes_nothing(
     tokenizer: ChatTokenizer, prepared: Path, tmp_path: Path
 ) -> None:

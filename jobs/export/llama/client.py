@@ -170,7 +170,7 @@ def _ask(tools: Path, request: dict[str, Any], log: Path, tell: Tell = untold) -
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.export.llama.worker", str(tools), str(write_fd)],
             stdin=subprocess.PIPE, stdout=file, stderr=file, pass_fds=(write_fd,), text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "PYTHONPATH": _python_path(), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         os.close(write_fd)
         last: Any = None
@@ -198,6 +198,11 @@ def _ask(tools: Path, request: dict[str, Any], log: Path, tell: Tell = untold) -
             f"the whole log is {log}",
         )
     return last  # type: ignore[no-any-return]
+
+
+def _python_path() -> str:
+    """Where lorajob is, and where packages are besides."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 # What those say who write: Python and the system, numpy, C++'s streams.
