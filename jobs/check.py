@@ -77,7 +77,7 @@ def _gpu(spec: Spec, ready: Ready, longest: int, warnings: list[str]) -> dict[st
     Raises DoesNotFitError where no plan fits.
     """
     shape = read_shape(ready.base.config)
-    if shape is None or shape.softcapped or not describes(shape, ready.base.weight_bytes()):
+    if shape is None or not describes(shape, ready.base.weight_bytes()):
         kind = ready.base.config["architectures"][0]
         return {"unknown": f"how much memory {kind} takes is not reckoned; the run finds it out"}
     card = known(spec.limits.gpu) if spec.limits.gpu else find_card()

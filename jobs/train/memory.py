@@ -34,14 +34,18 @@ CONTEXT = int(0.76 * GIB)
 # older GPUs have smaller ones).
 MATRICES = 2 * 32 * 2**20
 
-# unsloth's loss: up to so many rows and columns of float32 logits at a time (its fused_linear.py).
 # Of the inputs of layers whose activations are made again, unsloth moves all but about so many to the
 # machine's memory: those on their way, in two buffers, and the last ones.
 STAYING = 5
 
+# unsloth's loss: up to so many rows and columns of float32 logits at a time (its fused_linear.py).
 LOSS_ROWS, LOSS_COLUMNS, LOSS_LEAST = 4096, 16384, 512 * 151936
 SMALL_CARD = 24.5 * GIB
 TRL_LOSS_ROWS = 256
+
+# Soft-capped attention (`jobs.train.softcap`): so many scores at a time, but those of one head of keys
+# in a conversation at the least; and on the way back each of them three times in 32 bit and once in 16.
+SCORES, SCORE_BYTES = 1 << 25, 14
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def reckon(
         + 2 * HALF * shape.positions * shape.head * (engine == "unsloth")  # tables of rotations
     )
     count = _Unsloth if engine == "unsloth" else _Transformers
-    kept = count(shape, spec, tokens, several=tokens > longest)
+    kept = count(shape, spec, tokens, longest)
     layer = kept.layer()
     again = plan.checkpointing
     # All LoRA matrices once more in 16 bit while a part goes through (`jobs.train.fused_lora`).
@@ -104,6 +108,7 @@ def reckon(
         activations = layer + others * one
     workspace = max(
         kept.backward(),
+        kept.scores(),
         kept.loss(card) - (layer - one) * again,  # when no layer is at work
         # When there are no activations any more: AdamW's temporary copy of a state, and before it a
         # part's gradients in 16 and in 32 bit, beside those of the parts before.
@@ -140,7 +145,6 @@ def is_rough(shape: Shape, spec: Spec, engine: Name) -> bool:
     return (
         engine != "unsloth"
         or shape.head_norms
-        or shape.biased
         or shape.norms != 2
         or spec.lora.dropout > 0
         or spec.model.load_in == "8bit"
@@ -198,9 +202,11 @@ class _Unsloth:
 
     FUSES = True
 
-    def __init__(self, shape: Shape, spec: Spec, tokens: int, several: bool) -> None:
-        self.shape, self.spec, self.tokens = shape, spec, tokens
-        self.several = several  # conversations in a part, which a kernel of its own keeps apart
+    def __init__(self, shape: Shape, spec: Spec, tokens: int, longest: int) -> None:
+        self.shape, self.spec, self.tokens, self.longest = shape, spec, tokens, longest
+        self.several = (
+            tokens > longest
+        )  # conversations in a part, which a kernel of its own keeps apart
         self.whole = takes_layers_whole(shape, spec)
         # Whether LoRA's matrices are taken together: see `jobs.train.fused_lora`.
         plain = self.whole and not spec.lora.dropout and spec.model.load_in != "8bit"
@@ -211,7 +217,9 @@ class _Unsloth:
     def layer(self) -> int:
         """What one layer's forward pass keeps."""
         s = self.shape
-        values = s.norms * 2 * s.hidden  # what goes into each norm, and what comes out of it
+        # What goes into each norm, and what comes out of the two that are before attention and MLP: what
+        # comes out of others is only added.
+        values = (s.norms + 2) * s.hidden
         values += self._attention()
         # Gate and up; where unsloth does not take the whole MLP at once, what the activation makes of
         # gate as well, and with LoRA on `down` the product.
@@ -230,7 +238,7 @@ class _Unsloth:
 
     def _attention(self) -> int:
         s = self.shape
-        if self.several:
+        if self.several or s.softcapped:
             return 2 * s.q + 2 * s.kv  # queries, keys, values, output
         return 3 * s.q + 2 * s.kv  # queries, keys, values, output, and the output as one row
 
@@ -240,6 +248,18 @@ class _Unsloth:
         # Gradients of the MLP's output, and of gate, up or their product.
         rows = HALF * self.tokens * (s.hidden + s.inner)
         return rows + self.unpacked * (not self.fused)
+
+    def scores(self) -> int:
+        """What soft-capped attention needs for a moment on the way back (`jobs.train.softcap`)."""
+        s = self.shape
+        if not s.softcapped:
+            return 0
+        count = max(
+            min(SCORES, s.heads * self.tokens * self.longest),
+            s.heads // s.kv_heads * self.longest**2,
+        )
+        gradients = HALF * self.tokens * (2 * s.q + 2 * s.kv)  # of what comes out as well
+        return SCORE_BYTES * count + gradients
 
     def loss(self, card: float) -> int:
         """Final norm and loss."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-# Scores at a time, about: four times as many bytes, and three or four such tensors at the worst.
-SCORES = 1 << 25
+from jobs.train.memory import SCORES
+
 # Conversations shorter than this are taken together; then each doubling of the length by itself.
 SHORT = 64
 
@@ -92,11 +92,9 @@ class SoftCapped(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         out = query.new_empty(*query.shape[:2], value.shape[2])
         for bucket, heads, shared in _pieces(bounds, query, key):
-            q, k, v = bucket.together(
-                query[:, heads], key[:, shared], value[:, shared], heads=shared.stop - shared.start
-            )
-            weights, _ = _weights(q, k, scale, window, softcap)
-            bucket.put_back(weights.to(v.dtype) @ v, out[:, heads])
+            values = query[:, heads], key[:, shared], value[:, shared]
+            padded = bucket.together(*values, heads=shared.stop - shared.start)
+            bucket.put_back(_there(*padded, scale, window, softcap), out[:, heads])
         ctx.save_for_backward(query, key, value, out)
         ctx.told = bounds, scale, window, softcap
         return out
@@ -107,19 +105,14 @@ class SoftCapped(torch.autograd.Function):
         bounds, scale, window, softcap = ctx.told
         of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
         for bucket, heads, shared in _pieces(bounds, query, key):
-            # Where there is no token its gradient is zero, and so is what it gives to keys and values.
-            q, k, v, y, dy = bucket.together(
+            padded = bucket.together(
                 query[:, heads], key[:, shared], value[:, shared], out[:, heads], gradient[:, heads],
                 heads=shared.stop - shared.start,
             )  # fmt: skip
-            weights, capped = _weights(q, k, scale, window, softcap)
-            bucket.put_back(weights.to(v.dtype).transpose(-1, -2) @ dy, of_value[:, shared])
-            # Through the softmax (Dao et al. 2022, appendix B.2), then tanh' = 1 - tanh^2.
-            inner = (dy.float() * y.float()).sum(-1, keepdim=True)
-            ds = (dy @ v.transpose(-1, -2)).float().sub_(inner).mul_(weights)
-            ds = ds.mul_(capped.square_().neg_().add_(1)).mul_(scale).to(k.dtype)
-            bucket.put_back(ds @ k, of_query[:, heads])
-            bucket.put_back(ds.transpose(-1, -2) @ q, of_key[:, shared])
+            of_q, of_k, of_v = _back(*padded, scale, window, softcap)
+            bucket.put_back(of_q, of_query[:, heads])
+            bucket.put_back(of_k, of_key[:, shared])
+            bucket.put_back(of_v, of_value[:, shared])
         return of_query, of_key, of_value, None, None, None, None
 
 
@@ -136,16 +129,42 @@ def _pieces(
             yield bucket, slice(first * groups, last * groups), slice(first, last)
 
 
+# Functions of their own, so that nothing of one piece is held while the next is at work. All is
+# (rows, heads, tokens, width), with several heads' queries below each other for one of keys.
+
+
+def _there(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    scale: float, window: int | None, softcap: float,
+) -> torch.Tensor:  # fmt: skip
+    weights, _ = _weights(q, k, scale, window, softcap)
+    return weights.to(v.dtype) @ v
+
+
+def _back(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, dy: torch.Tensor,
+    scale: float, window: int | None, softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of q, k and v, from what came out and its gradient: where there is no token that is
+    zero, and so is what it gives to keys and values."""
+    weights, capped = _weights(q, k, scale, window, softcap)
+    dv = weights.to(v.dtype).transpose(-1, -2) @ dy
+    # Through the softmax (Dao et al. 2022, appendix B.2), then tanh' = 1 - tanh^2.
+    inner = (dy.float() * y.float()).sum(-1, keepdim=True)
+    ds = (dy @ v.transpose(-1, -2)).float().sub_(inner).mul_(weights)
+    ds = ds.mul_(capped.square_().neg_().add_(1)).mul_(scale).to(k.dtype)
+    return ds @ k, ds.transpose(-1, -2) @ q, dv
+
+
 def _weights(
     q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The softmax of what is seen, and tanh of the scores, in 32 bit: (..., queries, length)."""
     length = k.shape[2]
-    ago = torch.arange(length, device=k.device)
-    ago = ago[:, None] - ago[None, :]
-    unseen = ago < 0
+    every = torch.ones(length, length, dtype=torch.bool, device=k.device)
+    unseen = every.triu(1)
     if window is not None and length > window:
-        unseen |= ago >= window
+        unseen |= every.tril(-window)
     capped = (q @ k.transpose(-1, -2)).float().mul_(scale / softcap).tanh_()
     scores = capped * softcap
     scores.view(*k.shape[:2], -1, length, length).masked_fill_(unseen, float("-inf"))

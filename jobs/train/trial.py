@@ -103,9 +103,8 @@ def fit(
 
 
 def _shape_of(model: Any) -> Shape | None:
-    """The shape that memory is reckoned from; None where a part's attention costs its square."""
-    shape = read_shape(model.config.to_dict())
-    return shape if shape and not shape.softcapped else None
+    """The shape that memory is reckoned from, if it can be."""
+    return read_shape(model.config.to_dict())
 
 
 def free_memory() -> None:

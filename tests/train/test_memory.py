@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -142,6 +143,7 @@ def test_a_row_longer_than_the_plan_goes_through_whole() -> None:
 def test_where_unsloth_takes_no_whole_layers_more_is_kept_and_said_to_be_rough() -> None:
     plain = reckon(LLAMA_8B, spec_of(), Plan(2048), 512)
     assert not is_rough(LLAMA_8B, spec_of(), "unsloth")
+    assert is_rough(shape_of("gemma-2-2b"), spec_of(), "unsloth")
     for options in ({"target": ["q_proj", "v_proj"]}, {"bias": "all"}, {"dora": True}):
         spec = spec_of(lora=options)
         assert reckon(LLAMA_8B, spec, Plan(2048), 512).activations > 1.2 * plain.activations
@@ -162,6 +164,18 @@ def test_one_conversation_takes_more_than_several_of_its_length() -> None:
     one = reckon(LLAMA_8B, spec, Plan(8192), 8192)
     several = reckon(LLAMA_8B, spec, Plan(8192), 2048)
     assert one.activations - several.activations == 32 * 8192 * 2 * 4096
+
+
+def test_soft_capped_scores_cost_the_square_of_a_conversation_for_a_moment() -> None:
+    gemma, spec = shape_of("gemma-2-2b"), spec_of()
+    plan = Plan(8192, checkpointing=True)
+    short, long = (reckon(gemma, spec, plan, longest) for longest in (512, 8192))
+    assert long.activations == short.activations
+    # Two heads of queries to one of keys; three tensors in 32 bit and one in 16.
+    assert long.workspace - 14 * 2 * 8192**2 < 2**29
+    assert short.workspace < long.workspace / 2
+    plain = reckon(replace(gemma, softcapped=False), spec, plan, 8192)
+    assert plain.workspace < long.workspace / 2
 
 
 def test_dropout_keeps_its_masks() -> None:
