@@ -93,8 +93,9 @@ class SoftCapped(torch.autograd.Function):
         out = query.new_empty(*query.shape[:2], value.shape[2])
         for bucket, heads, shared in _pieces(bounds, query, key):
             values = query[:, heads], key[:, shared], value[:, shared]
-            padded = bucket.together(*values, heads=shared.stop - shared.start)
-            bucket.put_back(_there(*padded, scale, window, softcap), out[:, heads])
+            q, k, v = bucket.together(*values, heads=shared.stop - shared.start)
+            bucket.put_back(_there(q, k, v, scale, window, softcap), out[:, heads])
+            del q, k, v
         ctx.save_for_backward(query, key, value, out)
         ctx.told = bounds, scale, window, softcap
         return out
@@ -105,14 +106,15 @@ class SoftCapped(torch.autograd.Function):
         bounds, scale, window, softcap = ctx.told
         of_query, of_key, of_value = (torch.empty_like(x) for x in (query, key, value))
         for bucket, heads, shared in _pieces(bounds, query, key):
-            padded = bucket.together(
+            q, k, v, y, dy = bucket.together(
                 query[:, heads], key[:, shared], value[:, shared], out[:, heads], gradient[:, heads],
                 heads=shared.stop - shared.start,
             )  # fmt: skip
-            of_q, of_k, of_v = _back(*padded, scale, window, softcap)
+            of_q, of_k, of_v = _back(q, k, v, y, dy, scale, window, softcap)
             bucket.put_back(of_q, of_query[:, heads])
             bucket.put_back(of_k, of_key[:, shared])
             bucket.put_back(of_v, of_value[:, shared])
+            del q, k, v, y, dy, of_q, of_k, of_v
         return of_query, of_key, of_value, None, None, None, None
 
 
