@@ -12,7 +12,8 @@ vocabulary (`--tokenizer`, a folder with one of the model's size). The ways:
 - unsloth: its own way, from a model that is loaded already (which is not in its seconds). Not by default:
   it needs triton and llama-quantize (see bench/peers/unsloth_gguf.py).
 
-All use the same converter and the same libllama; each way runs in a process of its own. The disk is
+All use the same converter. The quantizing of `once` and `each` is done by `--llama-quantize` where it is
+given, as scripts do it, else by the libllama that lorajob has built for itself; each way runs in a process of its own. The disk is
 looked at ten times a second: everything but the base and the adapter, which all ways need.
 """
 
@@ -80,7 +81,9 @@ def ours(folder: Path, out: Path, tools: Path, threads: int) -> None:
     make_gguf("bench", merged, KINDS, made, out / "log", tools, threads, Observer("json"))
 
 
-def theirs(folder: Path, out: Path, tools: Path, threads: int, again: bool) -> None:
+def theirs(
+    folder: Path, out: Path, tools: Path, threads: int, again: bool, program: Path | None
+) -> None:
     from jobs.export.llama import client
 
     merged = out / "merged"
@@ -95,11 +98,18 @@ def theirs(folder: Path, out: Path, tools: Path, threads: int, again: bool) -> N
             with_tokenizer(folder, merged)
         whole = out / "whole.gguf"
         client.convert(tools, merged, whole, "bf16", out / "log")
-        client.quantize(tools, whole, {kind: out / f"bench-{kind}.gguf"}, threads, out / "log")
+        made = out / f"bench-{kind}.gguf"
+        if program:
+            command = [str(program), str(whole), str(made), kind, str(threads)]
+            subprocess.run(
+                command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        else:
+            client.quantize(tools, whole, {kind: made}, threads, out / "log")
         whole.unlink()
 
 
-def one(way: str, folder: Path, out: Path, threads: int) -> None:
+def one(way: str, folder: Path, out: Path, threads: int, program: Path | None) -> None:
     """Do one of the ways and print its figures."""
     from jobs.export.llama.build import find_tools
 
@@ -121,7 +131,7 @@ def one(way: str, folder: Path, out: Path, threads: int) -> None:
     elif way == "lorajob":
         export = partial(ours, folder, out, tools, threads)
     else:
-        export = partial(theirs, folder, out, tools, threads, way == "each")
+        export = partial(theirs, folder, out, tools, threads, way == "each", program)
     start = time.monotonic()
     export()
     seconds = time.monotonic() - start
@@ -144,7 +154,12 @@ def used(folder: Path) -> int:
 
 
 def measure(
-    shape: str, ways: list[str], work: Path, tokenizer: Path | None, threads: int
+    shape: str,
+    ways: list[str],
+    work: Path,
+    tokenizer: Path | None,
+    threads: int,
+    program: Path | None,
 ) -> Iterator[dict[str, Any]]:
     """The figures, after each of the ways."""
     folder = ready(shape, work, tokenizer)
@@ -154,7 +169,8 @@ def measure(
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         done = subprocess.run(
-            [sys.executable, "-m", "bench.gguf", way, str(folder), str(out), "--threads", str(threads)],
+            [sys.executable, "-m", "bench.gguf", way, str(folder), str(out), "--threads", str(threads),
+             *(["--llama-quantize", str(program)] if program else [])],
             cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
@@ -211,16 +227,23 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--llama-quantize",
+        type=Path,
+        help="llama.cpp's own program, which the scripts' ways then call",
+    )
     given = parser.parse_args()
     if given.what == "peft":
         merge_peft(*given.rest)
     elif given.what != "all":
-        one(given.what, given.rest[0], given.rest[1], given.threads)
+        one(given.what, given.rest[0], given.rest[1], given.threads, given.llama_quantize)
     else:
         kept = given.work / "figures.json"
         figures = json.loads(kept.read_text()) if kept.is_file() else {}
         for shape in given.shapes:
-            for found in measure(shape, given.ways, given.work, given.tokenizer, given.threads):
+            for found in measure(
+                shape, given.ways, given.work, given.tokenizer, given.threads, given.llama_quantize
+            ):
                 figures[shape] = {**figures.get(shape, {}), **found}
                 kept.write_text(json.dumps(figures))
         text = report(figures, given.threads)

@@ -54,6 +54,9 @@ CMAKE_FLAGS = {
     "LLAMA_BUILD_COMMON": "OFF",
 }  # fmt: skip
 
+# What is compiled of our own, beside this module.
+OURS = ("CMakeLists.txt", "kquants.c")
+
 # Of the sdist, what is compiled or used; the rest (tests, media, vocabularies) is not unpacked.
 _NEEDED = re.compile(
     r"^(llama_cpp/|vendor/llama\.cpp/"
@@ -63,8 +66,8 @@ _NEEDED = re.compile(
 
 def tools_key() -> str:
     """Changes with anything that would make other tools."""
-    recipe = Path(__file__).with_name("CMakeLists.txt").read_text("utf-8")
-    made_of = [SHA256, CMAKE_FLAGS, recipe, _NEEDED.pattern, platform.machine(), sys.platform]
+    ours = [Path(__file__).with_name(name).read_text("utf-8") for name in OURS]
+    made_of = [SHA256, CMAKE_FLAGS, *ours, _NEEDED.pattern, platform.machine(), sys.platform]
     return key_of(made_of)[:16]
 
 
